@@ -1,0 +1,222 @@
+"""GPG, Group Policy Gradient (Chu et al. 2025, arXiv 2504.02546), for language models.
+
+Sample G completions of each of B prompts, compare every reward with the mean of its group, and
+follow the plain policy gradient. From GRPO it deletes the reference model and the KL to it, the old
+log-probs with their ratio and clip, and the division by the group's standard deviation. It adds a
+correction for groups that teach nothing because all their rewards are equal, and a threshold: while
+too few groups teach something, it samples on.
+
+    A_i   = (r_i - mean(r_1 .. r_G)) / F_norm, with F_norm = 1                            eq. 6
+    J     = 1 / sum_i |o_i| * sum_i sum_t -log pi(o_it | q, o_i<t) A_i, to minimise       eq. 5
+    alpha = B / (B - M), where M of the B groups are dead: equal rewards, gradient 0      eq. 7
+    J^    = alpha J                                                                       eq. 8
+    sample on until (B - M) / B >= beta_th                                         Algorithm 1
+
+    python gpg.py                                            a tiny model learns to add, on a CPU
+    python gpg.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k                      on one GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+import common
+from common import Rollout, positive
+
+# --------------------------------------------------------------------------------------------------
+# Arguments
+# --------------------------------------------------------------------------------------------------
+
+# The defaults that depend on the model. The paper trains 7B models, with AdamW at 1e-6 (appendix
+# B.1); a million young weights want, and bear, a rate two hundred times as high.
+TINY = {
+    "lr": 2e-4, "schedule": "cosine", "steps": 220, "max_new_tokens": 48,
+    "micro_batch_tokens": 2048, "eval_every": 20, "save_every": 1,
+}  # fmt: skip
+REAL = {
+    "lr": 1e-6, "schedule": "constant", "steps": 500, "max_new_tokens": 512,
+    "micro_batch_tokens": 16384, "eval_every": 50, "save_every": 25,
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line as flags. Raises UserError."""
+    parser = common.Parser("gpg.py", description="Group Policy Gradient for language models.")
+
+    add = parser.add_argument_group("model and task").add_argument
+    add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
+    add("--task", default="add", help="add, gsm8k, file.jsonl, module:Name-v0 (default: add)")
+    add("--data", help="folder or file with GSM8K, which is downloaded otherwise")
+    add("--no-chat-template", action="store_true", help="give the model the bare prompt")
+
+    add = parser.add_argument_group("Group Policy Gradient").add_argument
+    add("--prompts", type=positive(int), default=16, help="B per step (default: 16; paper: 144)")
+    add("--group-size", type=positive(int), default=8, help="G (default: 8, as the paper)")
+    add("--f-norm", choices=["1", "std"], default="1", help="eq. 6 (default: 1, as the paper)")
+    add("--no-alpha", action="store_true", help="alpha = 1 in eq. 8")
+    add("--beta-th", type=common.share, default=0.6, help="0: off (default: 0.6, as the paper)")
+    add("--max-rounds", type=positive(int), default=4, help="most batches a step (default: 4)")
+
+    add = parser.add_argument_group("sampling and optimisation").add_argument
+    add("--max-new-tokens", type=positive(int), help="default: 512; tiny: 48")
+    add("--temperature", type=positive(float), default=1.0, help="to sample and to score alike")
+    add("--steps", type=positive(int), help="default: 500; tiny: 220")
+    add("--lr", type=positive(float), help="default: 1e-6, as the paper; tiny: 2e-4")
+    add("--warmup", type=int, default=10, help="steps of linear warm-up (default: 10)")
+    add("--schedule", choices=["constant", "cosine"], help="default: constant; tiny: cosine")
+    add("--weight-decay", type=float, default=0.0, help="default: 0; paper: 0.1")
+    add("--clip-grad", type=positive(float), default=1.0, help="norm of the gradient (default: 1)")
+    add("--micro-batch-tokens", type=positive(int), help="per forward pass; changes no result")
+    add("--grad-checkpointing", action="store_true", help="less memory, a third more time")
+
+    common.add_run_flags(parser)
+    args = common.parse_flags(parser, argv, TINY, REAL)
+    if args.group_size == 1:
+        raise common.UserError("--group-size 1: a group needs another reward to compare with")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# The equations
+# --------------------------------------------------------------------------------------------------
+
+
+def is_valid(rewards: Tensor) -> Tensor:
+    """rewards [B, G] -> [B], True for a group that teaches something: not all rewards are equal.
+
+    Judged on the raw rewards: in floating point the mean of eight times 0.1 is not 0.1.
+    """
+    return rewards.amax(1) != rewards.amin(1)
+
+
+def group_advantages(rewards: Tensor, f_norm: str = "1") -> Tensor:
+    """rewards [B, G] -> advantages [B, G] (eq. 6). f_norm: "1", or "std" as in GRPO."""
+    centred = rewards - rewards.mean(1, keepdim=True)  # [B, G]; the mean includes the sample itself
+    return centred / (rewards.std(1, keepdim=True) + 1e-4) if f_norm == "std" else centred
+
+
+def gradient_scale(rewards: Tensor) -> float:
+    """rewards [B, G] -> alpha = B / (B - M), with M dead groups (eq. 7); 0.0 if all are dead.
+
+    Dead groups add nothing to the sum of eq. 5 but count in its denominator; alpha takes them out
+    again. This is exact for a mean over groups. Eq. 5 is a mean over tokens, where it is exact if
+    dead groups are as long as the others; alpha = 1 and the tokens of valid groups always are.
+    """
+    B, valid = len(rewards), int(is_valid(rewards).sum())
+    return B / valid if valid else 0.0
+
+
+def gpg_loss(
+    logprobs: Tensor,  # [N, T]
+    advantages: Tensor,  # [N]
+    mask: Tensor,  # [N, T]
+    alpha: float = 1.0,
+    total_tokens: float | None = None,
+) -> Tensor:
+    """The scalar to minimise (eq. 5 and 8).
+
+    total_tokens is sum |o_i| of the whole batch, which makes the losses of micro-batches add up to
+    the loss of the batch. Without it the mask is taken for the whole batch.
+    """
+    total_tokens = mask.sum() if total_tokens is None else total_tokens
+    return alpha * (-logprobs * advantages[:, None] * mask).sum() / total_tokens
+
+
+def choose_groups(valid: Tensor, B: int) -> Tensor:
+    """valid [rounds * B] -> numbers of the groups in the batch: all V valid ones of all rounds, and
+    dead ones up to B, those of the last round first. [max(B, V)]"""
+    alive, dead = valid.nonzero().squeeze(1), (~valid).nonzero().squeeze(1)
+    return torch.cat([alive, dead.flip(0)[: max(0, B - len(alive))]])
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> common.Run:
+    run = common.Run(args)
+    device = common.pick_device(args.device)
+    task = common.make_task(args.task, "train", args.data)
+    test_task = common.make_task(args.task, "test", args.data)
+    model, tokenizer = common.load_model(
+        run.model_name(), device, task, not args.no_chat_template, args.grad_checkpointing
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), weight_decay=args.weight_decay, fused=device.type == "cuda"
+    )
+    torch.manual_seed(args.seed)
+    run.begin(optimizer, columns=["rounds"])
+    if not run.loaded:
+        run.log(0, evaluation=common.evaluate(model, tokenizer, test_task, args))
+        run.save(model, tokenizer, optimizer)
+
+    B, G = args.prompts, args.group_size
+    for step in run.steps(args.steps):
+        # 1. Sample with the current policy until enough groups are valid (Algorithm 1).
+        prompts, rollouts, rewards = [], [], torch.zeros(0, G)
+        for _ in range(args.max_rounds):
+            problems = run.next_problems(B)
+            prompts += common.get_prompts(task, problems)
+            rollouts.append(
+                common.sample(
+                    model, tokenizer, prompts[-B:], G, args.max_new_tokens, args.temperature
+                )
+            )
+            new_rewards, _ = common.get_rewards(task, problems, rollouts[-1].texts)  # [B, G]
+            rewards = torch.cat([rewards, new_rewards])  # [rounds * B, G]
+            valid = is_valid(rewards)  # [rounds * B]
+            if valid.sum() / B >= args.beta_th:
+                break
+        rollout = Rollout.cat(rollouts)  # rounds * B * G rows
+
+        # 2. The batch of the update: its alpha and its tokens.
+        batch = choose_groups(valid, B)  # [max(B, V)]
+        alpha = gradient_scale(rewards[batch])
+        if args.no_alpha and alpha > 0:
+            alpha = 1.0
+        group_tokens = rollout.completion_mask.view(len(rewards), -1).sum(1).cpu()  # [rounds * B]
+        total_tokens = group_tokens[batch].sum().item()  # sum |o_i|, those of dead groups too
+
+        # 3. One gradient step. Dead groups have gradient 0: they do not go through the model again.
+        loss = grad_norm = 0.0
+        lr = common.learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
+        if alpha > 0:
+            advantages = group_advantages(rewards[valid], args.f_norm).flatten().to(device)  # [V * G]
+            live = rollout.rows(valid.repeat_interleave(G).to(device))  # V * G rows
+            for rows in common.micro_batches(live, args.micro_batch_tokens):
+                mb = live.rows(rows)  # n rows
+                logprobs = common.completion_logprobs(model, mb, args.temperature)  # [n, T]
+                mb_loss = gpg_loss(
+                    logprobs, advantages[rows], mb.completion_mask, alpha, total_tokens
+                )
+                mb_loss.backward()
+                loss += mb_loss.item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad).item()
+            run.check_finite(step, loss=loss, grad_norm=grad_norm)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            run.state["skipped"] += 1
+            run.warn(step, "every group is dead (equal rewards): nothing to learn, step skipped")
+
+        # 4. Write it down.
+        evaluation = None
+        if step % args.eval_every == 0 or step == args.steps:
+            evaluation = common.evaluate(model, tokenizer, test_task, args)
+        run.log(
+            step, prompts, rollout, rewards, evaluation, valid_share=valid.double().mean().item(),
+            alpha=alpha, loss=loss, grad_norm=grad_norm, lr=lr, rounds=len(rollouts),
+        )  # fmt: skip
+        run.save(model, tokenizer, optimizer)
+    run.finish(model)
+    return run
+
+
+if __name__ == "__main__":
+    with common.plain_errors("gpg.py"):
+        train(parse_args())
