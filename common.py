@@ -802,23 +802,28 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help shows all flags")
 
 
-def positive(kind):
-    """An argparse type: an int or float above 0."""
+def flag_type(kind, holds, words: str):
+    """An argparse type: an int or a float for which `holds`."""
 
     def number(text):
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
         return value
 
+    number.__name__ = kind.__name__  # argparse's own message names it
     return number
 
 
-def share(text: str) -> float:
-    """An argparse type: a float from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
+def positive(kind):
+    return flag_type(kind, lambda x: 0 < x < math.inf, "above 0")
+
+
+def at_least_0(kind):
+    return flag_type(kind, lambda x: 0 <= x < math.inf, "at least 0")
+
+
+share = flag_type(float, lambda x: 0 <= x <= 1, "between 0 and 1")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -832,7 +837,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--eval-problems", type=positive(int), default=200, help="held-out problems (default: 200)")
     add("--eval-samples", type=positive(int), default=4, help="completions of each (default: 4)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    add("--seed", type=int, default=0, help="of problems and sampling (default: 0)")
+    add("--seed", type=at_least_0(int), default=0, help="of problems and sampling (default: 0)")
 
 
 def parse_flags(parser, argv: list[str] | None, tiny: dict, real: dict) -> argparse.Namespace:

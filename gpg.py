@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import common
-from common import Rollout, positive
+from common import Rollout, at_least_0, positive, share
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--group-size", type=positive(int), default=8, help="G (default: 8, as the paper)")
     add("--f-norm", choices=["1", "std"], default="1", help="eq. 6 (default: 1, as the paper)")
     add("--no-alpha", action="store_true", help="alpha = 1 in eq. 8")
-    add("--beta-th", type=common.share, default=0.6, help="0: off (default: 0.6, as the paper)")
+    add("--beta-th", type=share, default=0.6, help="0: off (default: 0.6, as the paper)")
     add("--max-rounds", type=positive(int), default=4, help="most batches a step (default: 4)")
 
     add = parser.add_argument_group("sampling and optimisation").add_argument
@@ -65,9 +65,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=positive(float), default=1.0, help="to sample and to score alike")
     add("--steps", type=positive(int), help="default: 500; tiny: 220")
     add("--lr", type=positive(float), help="default: 1e-6, as the paper; tiny: 2e-4")
-    add("--warmup", type=int, default=10, help="steps of linear warm-up (default: 10)")
+    add("--warmup", type=at_least_0(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--schedule", choices=["constant", "cosine"], help="default: constant; tiny: cosine")
-    add("--weight-decay", type=float, default=0.0, help="default: 0; paper: 0.1")
+    add("--weight-decay", type=at_least_0(float), default=0.0, help="default: 0; paper: 0.1")
     add("--clip-grad", type=positive(float), default=1.0, help="norm of the gradient (default: 1)")
     add("--micro-batch-tokens", type=positive(int), help="per forward pass; changes no result")
     add("--grad-checkpointing", action="store_true", help="less memory, a third more time")
@@ -149,9 +149,10 @@ def train(args: argparse.Namespace) -> common.Run:
         model.parameters(), weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
     torch.manual_seed(args.seed)
-    run.begin(optimizer, columns=["rounds"])
-    if not run.loaded:
-        run.log(0, evaluation=common.evaluate(model, tokenizer, test_task, args))
+    before = None if run.loaded else common.evaluate(model, tokenizer, test_task, args)
+    run.begin(optimizer, columns=["rounds"])  # whatever is wrong with the input has shown by now
+    if before:
+        run.log(0, evaluation=before)
         run.save(model, tokenizer, optimizer)
 
     B, G = args.prompts, args.group_size
@@ -185,7 +186,8 @@ def train(args: argparse.Namespace) -> common.Run:
         loss = grad_norm = 0.0
         lr = common.learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         if alpha > 0:
-            advantages = group_advantages(rewards[valid], args.f_norm).flatten().to(device)  # [V * G]
+            advantages = group_advantages(rewards[valid], args.f_norm)  # [V, G]
+            advantages = advantages.flatten().to(device)  # [V * G]
             live = rollout.rows(valid.repeat_interleave(G).to(device))  # V * G rows
             for rows in common.micro_batches(live, args.micro_batch_tokens):
                 mb = live.rows(rows)  # n rows
