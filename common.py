@@ -114,11 +114,15 @@ class TextTask(gymnasium.Env):
         return prompt, self.reward(completion, self.answer), True, False, {"answer": self.answer}
 
 
-class Addition(TextTask):
-    """`47+85=` is answered by `7+5+0=12 4+8+1=13 #### 132`: x + y + carry, column by column.
+CAREFUL = 18_000  # the number of flawless demonstrations
 
-    Half of the demonstrations carry one slip, in a digit or in a carry, and go on from it. A model
-    that imitates them is right about half of the time: this leaves room for reinforcement learning.
+
+class Addition(TextTask):
+    """`47+85=` is answered by `7+5+0=12 4+8+1=13 =132`: columns with their carries, then the sum.
+
+    The first demonstrations are careful, for the tiny model to learn how it is done. Of the later
+    ones half have one slip, in a digit or in a carry, and go on from it: a model that imitates them
+    is right about half of the time, which leaves room for reinforcement learning.
     """
 
     def __init__(self, split: str = "train", digits: int = 3):
@@ -137,18 +141,19 @@ class Addition(TextTask):
         a, b = self.problem(index)[0].rstrip("=").split("+")
         columns = max(len(a), len(b))
         rng = random.Random(f"slip {self.split} {index}")
-        slip = rng.randrange(columns) if rng.random() < 0.5 else None
+        slip = rng.randrange(columns) if index >= CAREFUL and rng.random() < 0.5 else None
         work, answer, carry = [], "", 0
         for column in range(columns):
             x, y = (int(n.zfill(columns)[-1 - column]) for n in (a, b))
             total = x + y + carry
-            if column == slip:  # a digit off by one, or a carry forgotten or invented
-                wrong = (total - 10, total - 1, total + 1, total + 10)
-                total = rng.choice([t for t in wrong if 0 <= t < 20])
+            if column == slip and rng.random() < 0.5:  # a carry forgotten or invented
+                total = (total + 10) % 20
+            elif column == slip:  # a wrong digit
+                total += rng.choice([d for d in range(10) if d != total % 10]) - total % 10
             work.append(f"{x}+{y}+{carry}={total}")
             answer = f"{total % 10}{answer}"
             carry = total // 10
-        return f"{' '.join(work)} #### {carry or ''}{answer}"
+        return f"{' '.join(work)} ={'1' * carry}{answer}"
 
 
 class JSONLines(TextTask):
@@ -366,9 +371,10 @@ def is_correct(completion: str, answer: str) -> bool:
 TINY = {
     "vocab_size": 258, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
-    "tie_word_embeddings": True, "eos_token_id": 256, "pad_token_id": 257,
+    "initializer_range": 0.06, "tie_word_embeddings": True, "eos_token_id": 256,
+    "pad_token_id": 257,
 }  # fmt: skip
-WARM_START = {"steps": 300, "tokens_per_step": 2048, "lr": 2e-3, "seed": 0}
+WARM_START = {"steps": 350, "tokens_per_step": 2048, "lr": 2e-3, "seed": 0}
 
 
 def pick_device(name: str) -> torch.device:
@@ -484,7 +490,8 @@ def tiny_model(task: gymnasium.Env) -> str:
 
     if not hasattr(task.unwrapped, "demonstration"):
         raise UserError("--model tiny needs a task with a method demonstration(index)")
-    shown = range(min(getattr(task.unwrapped, "size", None) or 1000, 10_000))
+    size = getattr(task.unwrapped, "size", None)
+    shown = range(size) if size else range(0, 100_000, 97)  # an endless task shows in a sample
     demonstrations = [[get_prompts(task, [i]), task.unwrapped.demonstration(i)] for i in shown]
     recipe = json.dumps([TINY, WARM_START, demonstrations], sort_keys=True)
     path = cache_dir() / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"

@@ -1,4 +1,4 @@
-"""Small random models of four families, made on the spot: no download, no GPU, no cache of the user's."""
+"""Small random models of four families, made on the spot: no download, no GPU, no user's cache."""
 
 import os
 import sys
@@ -62,12 +62,9 @@ def make_llama():
 
 
 def make_gpt2():  # absolute positions, dropout in its config, a bias-free tied head, no pad token
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256, eos_token_id=256,
-            bos_token_id=256, initializer_range=0.3,
-        )  # fmt: skip
-    )
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    config = GPT2Config(**sizes, eos_token_id=256, bos_token_id=256, initializer_range=0.3)
+    return GPT2LMHeadModel(config)
 
 
 def make_gemma():  # multi-query attention, and its own list of EOS ids in the generation config

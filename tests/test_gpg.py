@@ -21,9 +21,10 @@ def test_advantages_by_hand():
 
 
 def test_advantages_with_std_by_hand():
-    """[1, 0, 0, 1]: the unbiased std is sqrt(4 * .25 / 3) = .57735, the population's would be .5."""
+    """[1, 0, 0, 1]: the unbiased std is sqrt(4 * .25 / 3) = .57735, not .5."""
     advantages = group_advantages(REWARDS, "std")
-    assert advantages[0].tolist() == pytest.approx([0.86587, -0.86587, -0.86587, 0.86587], abs=1e-5)
+    a = 0.86587
+    assert advantages[0].tolist() == pytest.approx([a, -a, -a, a], abs=1e-5)
     assert advantages[2].tolist() == pytest.approx([1.4997, -0.4999, -0.4999, -0.4999], abs=1e-4)
     assert (advantages[[1, 3]] == 0).all()
 
@@ -53,7 +54,7 @@ def test_alpha_by_hand():
 
 
 def test_alpha_counts_equal_rewards_not_zero_rewards():
-    """Another implementation counts the non-zero rewards; with +-1 rewards it would always give 1."""
+    """Another implementation counts non-zero rewards; with +-1 rewards that always gives 1."""
     assert gradient_scale(2 * REWARDS - 1) == 2.0
     assert gradient_scale(REWARDS + 5) == 2.0
     all_right = torch.ones(3, 8)
@@ -62,7 +63,7 @@ def test_alpha_counts_equal_rewards_not_zero_rewards():
 
 
 def test_validity_is_judged_on_raw_rewards():
-    """The mean of eight times 0.1 is not 0.1 in float32, and a std threshold misses small spreads."""
+    """The mean of eight times 0.1 is not 0.1 in float32; a std threshold misses small spreads."""
     rewards = torch.full((2, 8), 0.1)
     rewards[1, 3] += 1e-7
     assert is_valid(rewards).tolist() == [False, True]
@@ -158,7 +159,7 @@ def test_loss_and_gradient_equal_brute_force(batch):
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 100, 10**6])
 def test_micro_batches_and_dropped_dead_groups_change_nothing(batch, max_tokens):
-    """The way train() computes it: valid rows only, in micro-batches, by the whole batch's tokens."""
+    """The way of train(): valid rows only, in micro-batches, by the whole batch's tokens."""
     model, rollout = batch
     expected = whole_batch_gradient(model, rollout)
     alpha, valid = gradient_scale(REWARDS), is_valid(REWARDS)
@@ -233,7 +234,7 @@ def test_choose_groups():
 
 
 class Levels(common.TextTask):
-    """Problem i is dead unless i % 4 == 0: then completions with an even number of characters win."""
+    """Problem i is dead unless i % 4 == 0: then completions of an even length win."""
 
     def problem(self, index):
         return f"{index % 4}", "x"

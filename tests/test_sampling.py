@@ -216,17 +216,22 @@ def test_encode_ends_each_completion_with_eos(small):
 
 
 def test_chat_template_is_applied_once(model_dirs):
+    """A tokenizer that begins every text with a BOS (here 257), and a template that does too."""
+    from tokenizers.processors import TemplateProcessing
+
     model, tokenizer = common.load_model(str(model_dirs["llama"]), torch.device("cpu"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", 257)]
+    )
+    ids, mask = common.encode_prompts(model, tokenizer, ["1+1=", "7"], room=1)
+    assert tokenizer.decode(ids[0][mask[0]]) == "<|pad|>1+1="
     tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "<|pad|>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[bot]{% endif %}"
     )
     ids, mask = common.encode_prompts(model, tokenizer, ["1+1=", "7"], room=1)
-    assert tokenizer.decode(ids[0][mask[0]]) == "[user]1+1=[bot]"
-    assert tokenizer.decode(ids[1][mask[1]]) == "[user]7[bot]"
-    tokenizer.chat_template = None
-    ids, mask = common.encode_prompts(model, tokenizer, ["1+1="], room=1)
-    assert tokenizer.decode(ids[0][mask[0]]) == "1+1="
+    assert tokenizer.decode(ids[0][mask[0]]) == "<|pad|>[user]1+1=[bot]"
+    assert tokenizer.decode(ids[1][mask[1]]) == "<|pad|>[user]7[bot]"
 
 
 def test_a_prompt_that_does_not_fit_is_refused(small):

@@ -135,20 +135,25 @@ def test_an_exponent_is_never_written_out():
     assert time.process_time() - start < 1
 
 
-def test_add_is_right_about_half_of_the_time():
+def test_add_demonstrations_are_careful_and_then_right_half_of_the_time():
     task = make_task("add")
-    right = [is_correct(task.demonstration(i), task.problem(i)[1]) for i in range(2000)]
-    assert 0.45 < sum(right) / 2000 < 0.55
+
+    def right(first):
+        shown = range(first, first + 2000)
+        return sum(is_correct(task.demonstration(i), task.problem(i)[1]) for i in shown) / 2000
+
+    assert right(0) == 1
+    assert 0.45 < right(common.CAREFUL) < 0.55
 
 
 def test_add_demonstrations_that_are_right_are_right_in_every_column():
     task = make_task("add5")
     seen = 0
-    for index in range(300):
+    for index in range(common.CAREFUL, common.CAREFUL + 300):
         prompt, answer = task.problem(index)
         a, b = map(int, prompt.rstrip("=").split("+"))
         assert a < 10**5 and b < 10**5 and int(answer) == a + b
-        work, final = task.demonstration(index).split(" #### ")
+        work, final = task.demonstration(index).split(" =")
         columns = [column.split("=") for column in work.split(" ")]
         all_right = all(eval(left) == int(total) for left, total in columns)
         assert all_right == (int(final) == a + b)
@@ -157,12 +162,17 @@ def test_add_demonstrations_that_are_right_are_right_in_every_column():
 
 
 def test_add_slips_are_in_digits_and_in_carries():
-    task, offs = make_task("add"), set()
-    for index in range(500):
-        for column in task.demonstration(index).split(" #### ")[0].split(" "):
+    task, slips = make_task("add"), {"digit": 0, "carry": 0}
+    for index in range(common.CAREFUL, common.CAREFUL + 1000):
+        wrong = []
+        for column in task.demonstration(index).split(" =")[0].split(" "):
             left, total = column.split("=")
-            offs.add(int(total) - eval(left))
-    assert offs == {-10, -1, 0, 1, 10}
+            if eval(left) != int(total):
+                wrong.append(eval(left) - int(total))
+        assert len(wrong) <= 1
+        for off in wrong:
+            slips["carry" if abs(off) == 10 else "digit"] += 1
+    assert 200 < slips["digit"] < 300 and 200 < slips["carry"] < 300
 
 
 def test_train_and_test_are_disjoint_and_seeded():
@@ -193,11 +203,11 @@ def test_an_episode_has_one_step():
 @pytest.fixture
 def gsm8k_dir(tmp_path):
     for split, n in (("train", 20), ("test", 5)):
-        records = [
-            {"question": f"{split}: {i} and 1?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}
-            for i in range(n)
-        ]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        with (tmp_path / f"{split}.jsonl").open("w") as file:
+            for i in range(n):
+                answer = f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"
+                record = {"question": f"{split}: {i} and 1?", "answer": answer}
+                file.write(json.dumps(record) + "\n")
     return tmp_path
 
 
@@ -304,7 +314,7 @@ gymnasium.register("Count-v0", entry_point=Count)
 
 
 def test_a_plain_environment_of_ones_own(tmp_path, monkeypatch):
-    """It knows nothing of indices and splits: the seed alone makes problem i the same every time."""
+    """It knows nothing of indices and splits: the seed alone makes problem i the same."""
     (tmp_path / "count_tasks.py").write_text(OWN_TASK)
     monkeypatch.chdir(tmp_path)
     task = make_task("count_tasks:Count-v0")

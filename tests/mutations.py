@@ -1,0 +1,180 @@
+"""Wrong versions, each made for real: `python tests/mutations.py` says which tests notice.
+
+A test that stays green on a wrong version proves nothing. Every line below is one small mistake,
+most of them found in published code; the tests named with it have to fail. Takes a few minutes.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
+    ("sign flipped", "gpg.py", "(-logprobs * adv", "(logprobs * adv", "gpg"),
+    ("alpha dropped from the loss", "gpg.py", "return alpha * (", "return (", "gpg"),
+    ("alpha ignored in training", "gpg.py", "if args.no_alpha and", "if", "gpg"),
+    ("alpha inverted", "gpg.py", "return B / valid if", "return valid / B if", "gpg"),
+    (
+        "M counted by non-zero reward", "gpg.py",
+        "int(is_valid(rewards).sum())", "int((rewards != 0).any(1).sum())", "gpg",
+    ),
+    (
+        "alpha by non-zero rewards (verl)", "gpg.py",
+        "    return B / valid if valid else 0.0",
+        "    return rewards.numel() / max(1, int((rewards != 0).sum())) if valid else 0.0", "gpg",
+    ),
+    (
+        "validity by a float std", "gpg.py",
+        "return rewards.amax(1) != rewards.amin(1)", "return rewards.std(1) > 1e-5", "gpg",
+    ),
+    (
+        "std in place of 1", "gpg.py",
+        'if f_norm == "std" else centred', 'if f_norm != "std" else centred', "gpg",
+    ),
+    ("population std", "gpg.py", "std(1, keepdim=True)", "std(1, False, keepdim=True)", "gpg"),
+    ("batch mean for group mean", "gpg.py", "rewards.mean(1, keepdim=True)", "rewards.mean()", "gpg"),
+    (
+        "leave-one-out mean", "gpg.py",
+        "centred = rewards - rewards.mean(1, keepdim=True)",
+        "centred = (rewards - rewards.mean(1, keepdim=True)) * len(rewards[0]) / (len(rewards[0]) - 1)",
+        "gpg",
+    ),
+    (
+        "mean of each sequence", "gpg.py",
+        "(-logprobs * advantages[:, None] * mask).sum() / total_tokens",
+        "((-logprobs * advantages[:, None] * mask).sum(1) / mask.sum(1)).mean()", "gpg",
+    ),
+    (
+        "normalised per micro-batch", "gpg.py",
+        "total_tokens = mask.sum() if total_tokens is None else total_tokens",
+        "total_tokens = mask.sum()", "gpg",
+    ),
+    (
+        "dead groups' tokens not counted", "gpg.py",
+        "group_tokens[batch].sum()", "group_tokens[valid].sum()", "gpg",
+    ),
+    ("mask ignored", "gpg.py", "advantages[:, None] * mask)", "advantages[:, None])", "gpg"),
+    ("threshold the wrong way", "gpg.py", ">= args.beta_th", "< args.beta_th", "gpg"),
+    ("threshold ignored", "gpg.py", "if valid.sum() / B >= args.beta_th:", "if True:", "gpg"),
+    ("valid groups of earlier rounds lost", "gpg.py", "dead.flip(0)", "dead", "gpg"),
+    (
+        "gradients not cleared", "gpg.py",
+        "            optimizer.zero_grad()\n", "", "gpg",
+    ),
+    (
+        "advantages of other rows", "gpg.py",
+        "advantages[rows], mb.comp", "advantages[: len(rows)], mb.comp", "gpg",
+    ),
+    ("scored at temperature 1", "gpg.py", "(model, mb, args.temperature)", "(model, mb)", "gpg"),
+    (
+        "temperature not applied in scoring", "common.py",
+        "torch.float32)) / temperature", "torch.float32))", "sampling",
+    ),
+    (
+        "temperature not applied in sampling", "common.py",
+        "logits.float() / (temperature or 1.0)", "logits.float()", "sampling",
+    ),
+    (
+        "EOS left out of the mask", "common.py",
+        "            mask[cached, t] = running\n",
+        "            mask[cached, t] = running & ~torch.isin(tokens, stop_ids)\n", "sampling",
+    ),
+    (
+        "only the tokenizer's EOS stops", "common.py",
+        "for i in [*ids, tokenizer.eos_token_id]", "for i in [tokenizer.eos_token_id]", "sampling",
+    ),
+    (
+        "scored one position late", "common.py",
+        "last_hidden_state[:, -T - 1 : -1]", "last_hidden_state[:, -T:]", "sampling",
+    ),
+    (
+        "positions count the padding", "common.py",
+        "return (mask.long().cumsum(1) - 1).clamp(min=0)",
+        "return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)", "sampling",
+    ),
+    ("position stands still", "common.py", "position_ids=position + t", "position_ids=position", "sampling"),
+    (
+        "cached prompts in the wrong order", "common.py",
+        "logits = logits.repeat_interleave(group_size, 0)",
+        "logits = logits.repeat(group_size, 1)", "sampling",
+    ),
+    (
+        "cache keeps the wrong rows", "common.py",
+        "cache.batch_select_indices(keep)",
+        "cache.batch_select_indices(torch.arange(len(keep)))", "sampling",
+    ),
+    ("capped logits scored uncapped", "common.py", "torch.equal(logits, model", "torch.allclose(logits, model", "sampling"),
+    ("dropout left on", "common.py", 'if "drop" in key', 'if "no such key" in key', "sampling"),
+    (
+        "a second BOS under a template", "common.py",
+        "add_special_tokens=not tokenizer.chat_template", "add_special_tokens=True", "sampling",
+    ),
+    (
+        "rewards in the wrong order", "common.py",
+        "index = problems[row // G]", "index = problems[row % len(problems)]", "tasks",
+    ),
+    (
+        "test problems in training", "common.py",
+        'if held_out == (self.split == "test"):', "if True:", "tasks",
+    ),
+    ("first box, not the last", "common.py", 'text.rfind("\\\\boxed{")', 'text.find("\\\\boxed{")', "tasks"),
+    ("numbers compared as floats", "common.py", "return target == (", "return float(target) == float(", "tasks"),
+    (
+        "pass@k biased", "common.py",
+        "1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))", "1.0 - (1.0 - c / n) ** k",
+        "tasks",
+    ),
+    (
+        "random states not restored", "common.py",
+        '            torch.set_rng_state(self.loaded["rng"])\n', "", "runs",
+    ),
+    (
+        "optimizer not restored", "common.py",
+        '            optimizer.load_state_dict(self.loaded["optimizer"])\n', "", "runs",
+    ),
+    (
+        "checkpoint written in place", "common.py",
+        'new, old = self.dir / "checkpoint.new"', 'new, old = self.dir / "checkpoint"', "runs",
+    ),
+    (
+        "rows after the checkpoint kept", "common.py",
+        "            keep_steps(metrics, self.state[\"step\"])\n", "", "runs",
+    ),
+    (
+        "a broken cache trusted", "common.py",
+        'if (path / "checksum").read_text() == checksum(path):', "if path.exists():", "runs",
+    ),
+]  # fmt: skip
+
+
+def notices(copy: Path, tests: str) -> bool:
+    """Does a test fail in this copy?"""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    files = [f"tests/test_{name}.py" for name in tests.split()]
+    result = subprocess.run([*command, *files], cwd=copy, capture_output=True, text=True)
+    return result.returncode == 1
+
+
+def main() -> int:
+    chosen = [m for m in MUTATIONS if all(word in f"{m}" for word in sys.argv[1:])]
+    unnoticed = []
+    for name, file, right, wrong, tests in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "copy"
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv"))
+            text = (copy / file).read_text()
+            assert text.count(right) == 1, f"{name}: {file} has {text.count(right)} times {right!r}"
+            (copy / file).write_text(text.replace(right, wrong))
+            red = notices(copy, tests)
+        print(f"{'noticed' if red else 'NOT NOTICED':12} {name}", flush=True)
+        if not red:
+            unnoticed.append(name)
+    print(f"{len(chosen) - len(unnoticed)} of {len(chosen)} wrong versions noticed")
+    return bool(unnoticed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
