@@ -483,8 +483,8 @@ def warm_start(model, tokenizer, task: gymnasium.Env) -> None:
 def tiny_model(task: gymnasium.Env) -> str:
     """The directory of the tiny model for this task; made on the CPU the first time, then cached.
 
-    Its name is a hash of everything that shapes it: sizes, recipe, and demonstrations. One whose
-    weights are not those that were written, byte for byte, is made again, never trusted.
+    Its name is a hash of everything that shapes it: sizes, recipe, and demonstrations. If its files
+    are not those that were written, byte for byte, it is made again, never trusted.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -497,21 +497,27 @@ def tiny_model(task: gymnasium.Env) -> str:
     path = cache_dir() / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
 
     def checksum(folder: Path) -> str:
-        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        files = sorted(file for file in folder.iterdir() if file.name != "checksum")
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
-    with contextlib.suppress(OSError):
-        if (path / "checksum").read_text() == checksum(path):
-            return str(path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(WARM_START["seed"])
-        model, tokenizer = Qwen2ForCausalLM(Qwen2Config(**TINY)), tiny_tokenizer()
-        warm_start(model, tokenizer, task)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    (unfinished / "checksum").write_text(checksum(unfinished))
-    shutil.rmtree(path, ignore_errors=True)
-    unfinished.rename(path)
+    def whole() -> bool:
+        try:
+            return (path / "checksum").read_text() == checksum(path)
+        except OSError:
+            return False
+
+    if not whole():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(WARM_START["seed"])
+            model, tokenizer = Qwen2ForCausalLM(Qwen2Config(**TINY)), tiny_tokenizer()
+            warm_start(model, tokenizer, task)
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        (new / "checksum").write_text(checksum(new))
+        shutil.rmtree(new if whole() else path, ignore_errors=True)  # another run was faster
+        if new.exists():
+            new.rename(path)
     return str(path)
 
 

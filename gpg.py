@@ -34,7 +34,7 @@ from common import Rollout, at_least_0, positive, share
 # B.1); a million young weights want, and bear, a rate a hundred times as high.
 TINY = {
     "lr": 1e-4, "schedule": "cosine", "steps": 120, "max_new_tokens": 48,
-    "micro_batch_tokens": 2048, "eval_every": 20, "save_every": 1,
+    "micro_batch_tokens": 2048, "eval_every": 10, "save_every": 1,
 }  # fmt: skip
 REAL = {
     "lr": 1e-6, "schedule": "constant", "steps": 500, "max_new_tokens": 512,

@@ -57,8 +57,10 @@ def make_qwen2():
     return Qwen2ForCausalLM(Qwen2Config(**SIZES, eos_token_id=256, tie_word_embeddings=True))
 
 
-def make_llama():
-    return LlamaForCausalLM(LlamaConfig(**SIZES, eos_token_id=256, bos_token_id=None))
+def make_llama():  # with so many EOS ids that most rows end early, at many different lengths
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, eos_token_id=256, bos_token_id=None))
+    model.generation_config.eos_token_id = [256, *range(100, 130)]
+    return model
 
 
 def make_gpt2():  # absolute positions, dropout in its config, a bias-free tied head, no pad token

@@ -316,6 +316,17 @@ def test_training_raises_the_reward(tmp_path, monkeypatch, model_dirs, flags):
     assert sum(rewards[:3]) / 3 < 0.1 and sum(rewards[-3:]) / 3 > 0.5
 
 
+class Variety(ManyAs):
+    def reward(self, completion, answer):
+        return len(set(completion)) / 8
+
+
+def test_every_family_trains(tmp_path, monkeypatch, model_dirs, family):
+    flags = ["--steps", 2, "--lr", 1e-3, "--micro-batch-tokens", 100]
+    _, rows = run_gpg(tmp_path, monkeypatch, model_dirs[family], Variety(), *flags)
+    assert all(float(row["grad_norm"]) > 0 for row in rows)
+
+
 def test_micro_batch_size_changes_no_step(tmp_path, monkeypatch, model_dirs):
     losses = []
     for tokens in (40, 10**6):

@@ -46,6 +46,13 @@ def test_some_rows_end_early_and_some_do_not(loaded):
     assert 0.02 < rollout.truncated.float().mean() < 0.98
 
 
+def test_most_rows_of_llama_end_early(model_dirs):
+    """So that the cache is cut down several times, which the tests below then cover."""
+    model, tokenizer = common.load_model(str(model_dirs["llama"]), torch.device("cpu"))
+    rollout = sample(model, tokenizer, PROMPTS, 64, 24)
+    assert rollout.truncated.float().mean() < 0.3
+
+
 def test_sampled_logprobs_equal_scored_and_naive(loaded):
     model, tokenizer = loaded
     for temperature in (1.0, 0.7, 1.3):

@@ -1,0 +1,61 @@
+"""What the README says is what the code does."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+import gpg
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_equation_table_quotes_the_code():
+    code = [line.split("  #")[0].strip() for line in (ROOT / "gpg.py").read_text().splitlines()]
+    table = README.split("## The paper in the code")[1].split("\n\n")[2]
+    rows = table.splitlines()[2:]
+    assert len(rows) == 7
+    for row in rows:
+        function, line = re.search(r"\| `(\w+)`.*\| `(.*)` \|$", row).groups()
+        assert hasattr(gpg, function) and line in code
+
+
+def test_every_column_is_explained():
+    table = README.split("## What each metric means")[1].split("\n\n**")[0]
+    assert set(re.findall(r"`([a-z_]+)`", table)) >= {*common.COLUMNS, "rounds"}
+
+
+def test_every_flag_in_the_readme_exists():
+    commands = re.findall(r"python gpg\.py[^\n`]*", README)
+    mentioned = re.findall(r"`--[^`]*`", README)
+    flags = set(re.findall(r"--[a-z-]+", " ".join(commands + mentioned)))
+    help_text = subprocess.run(
+        [sys.executable, "gpg.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert len(flags) > 8
+    for flag in flags:
+        assert flag in help_text
+
+
+def test_the_task_of_the_readme_works_as_pasted(tmp_path, monkeypatch):
+    """With a warm-start of two steps: the example is to run, not to learn."""
+    example = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "Reverse" in b)
+    (tmp_path / "my_tasks.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(common, "WARM_START", common.WARM_START | {"steps": 2})
+    command = re.search(r"python gpg\.py (--task my_tasks:.*)", README)[1].split()
+    gpg.train(gpg.parse_args([*command, "--steps", "1", "--eval-problems", "4"]))
+    assert (tmp_path / "runs" / "reverse" / "checkpoint" / "model.safetensors").exists()
+    task = common.make_task("my_tasks:Reverse-v0", "test")
+    assert task.unwrapped.split == "test"
+    right = [task.unwrapped.demonstration(i) == task.unwrapped.problem(i)[1] for i in range(400)]
+    assert sum(right) / 400 == pytest.approx(0.55, abs=0.1)
+
+
+def test_no_placeholder_is_left():
+    assert "@@" not in README
