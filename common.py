@@ -635,7 +635,7 @@ def draw(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if temperature:  # where a uniform number falls in the cumulative distribution: one per row
         cdf = logprobs.double().exp().cumsum(-1)  # [N, V]
         u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device) * cdf[:, -1:]
-        tokens = torch.searchsorted(cdf, u, right=True)  # [N, 1]
+        tokens = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # [N, 1]
     else:
         tokens = logprobs.argmax(-1, keepdim=True)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
@@ -658,8 +658,9 @@ def sample(
     from transformers import DynamicCache
 
     device, T = model.device, max_new_tokens
-    stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=device)
+    stop_ids = torch.tensor(stop_token_ids(model, tokenizer), dtype=torch.long, device=device)
     prompt_ids, prompt_mask = encode_prompts(model, tokenizer, prompts, room=T)  # [B, P]
+
     with autocast(device):
         cache = DynamicCache(config=model.config)
         logits = model(
@@ -754,7 +755,7 @@ def completion_logprobs(model, rollout: Rollout, temperature: float = 1.0) -> Te
         else:
             states = model(**inputs, logits_to_keep=T + 1).logits[:, :-1]  # [N, T, V]
         states = states[mask]  # [n, H]: the state at position P - 1 + t predicts completion token t
-        m = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+        m = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
         if len(targets) <= m:
             values = score(states, targets)  # [n]
         else:

@@ -106,7 +106,11 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
         "cache.batch_select_indices(keep)",
         "cache.batch_select_indices(torch.arange(len(keep)))", "sampling",
     ),
-    ("capped logits scored uncapped", "common.py", "torch.equal(logits, model", "torch.allclose(logits, model", "sampling"),
+    (
+        "capped logits scored uncapped", "common.py",
+        "torch.equal(logits, model(**inputs).logits)",
+        "torch.allclose(logits, model(**inputs).logits, 1e-2, 1e-2)", "sampling",
+    ),
     ("dropout left on", "common.py", 'if "drop" in key', 'if "no such key" in key', "sampling"),
     (
         "a second BOS under a template", "common.py",
@@ -145,7 +149,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ),
     (
         "a broken cache trusted", "common.py",
-        'if (path / "checksum").read_text() == checksum(path):', "if path.exists():", "runs",
+        'return (path / "checksum").read_text() == checksum(path)', "return path.exists()", "runs",
     ),
 ]  # fmt: skip
 

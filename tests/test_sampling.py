@@ -88,8 +88,8 @@ def test_capped_logits_are_scored_as_they_are(tmp_path):
     from conftest import SIZES
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    sizes = SIZES | {"initializer_range": 0.02, "head_dim": 8}
-    config = Gemma2Config(**sizes, final_logit_softcapping=0.5, eos_token_id=256)
+    sizes = SIZES | {"initializer_range": 0.02, "head_dim": 8, "tie_word_embeddings": False}
+    config = Gemma2Config(**sizes, final_logit_softcapping=30.0, eos_token_id=256)
     model, tokenizer = Gemma2ForCausalLM(config).eval(), common.tiny_tokenizer()
     assert not common.head_gives_logits(model)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_capped_logits_are_scored_as_they_are(tmp_path):
     scored = completion_logprobs(model, rollout)
     torch.testing.assert_close(scored, rollout.logprobs, atol=1e-4, rtol=0)
     torch.testing.assert_close(scored, naive_logprobs(model, rollout), atol=1e-5, rtol=1e-5)
-    assert rollout.logprobs.std() > 1e-3
+    assert rollout.logprobs.std() > 0.5
 
 
 def test_head_alone_is_recognised(loaded):
@@ -154,6 +154,13 @@ def test_every_eos_id_of_the_generation_config_stops(model_dirs):
     rollout = sample(model, tokenizer, PROMPTS, 64, 24)
     last = rollout.completion_ids.gather(1, rollout.completion_mask.sum(1, keepdim=True) - 1)
     assert {10, 256} <= set(last.flatten().tolist())
+
+
+def test_a_model_without_any_eos_samples_to_the_end(model_dirs):
+    model, tokenizer = common.load_model(str(model_dirs["gpt2"]), torch.device("cpu"))
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    rollout = sample(model, tokenizer, PROMPTS, 4, 12)
+    assert rollout.truncated.all() and rollout.completion_mask.all()
 
 
 def test_pad_token_that_equals_eos_changes_nothing(small):
