@@ -858,22 +858,24 @@ def parse_flags(parser, argv: list[str] | None, tiny: dict, real: dict) -> argpa
     """The command line; `tiny` and `real` are the defaults that depend on the model.
 
     --resume DIR takes every flag from DIR/config.json. Raises UserError for one that is given too
-    and differs; only --steps may.
+    and differs; only --steps may (and with it the end of a cosine schedule).
     """
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     given = {flag: value for flag, value in given.items() if value is not None}
     if "resume" not in given:
         defaults |= tiny if given.get("model", defaults["model"]) == "tiny" else real
-        defaults["out"] = f"runs/{Path(parser.prog).stem}"
+        defaults |= {"out": f"runs/{Path(parser.prog).stem}", "script": parser.prog}
         return argparse.Namespace(**defaults | given)
     path = Path(given["resume"]) / "config.json"
     try:
         config = json.loads(path.read_text())
         flags = {flag: config[flag] for flag in defaults if flag not in ("resume", "overwrite")}
+        if config["script"] != parser.prog:
+            raise ValueError(f"it is of {config['script']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {path} is not of a {parser.prog} run ({error!r})") from error
-    flags["out"] = str(path.parent)
+    flags |= {"out": str(path.parent), "script": parser.prog}
     for flag, value in given.items():
         if flag not in ("resume", "steps") and value != flags.get(flag):
             raise UserError(
@@ -1126,7 +1128,8 @@ class Run:
         draw_curves([self.dir], self.dir / "curves.png")
         args, state = self.args, self.state
         if state["step"] < args.steps:
-            print(f"stopped after step {state['step']}; to go on: --resume {self.dir}")
+            go_on = f"python {args.script} --resume {self.dir}"
+            print(f"stopped after step {state['step']} of {args.steps}; {go_on} goes on")
             return
         memory = math.nan
         if model.device.type == "cuda":

@@ -342,7 +342,7 @@ def test_resume_of_nothing_and_of_damage(uninterrupted, model_dirs, tmp_path, ca
         path.write_bytes(whole)
     config = out / "config.json"
     whole = config.read_text()
-    for text in ("{", "[]", "{}"):
+    for text in ("{", "[]", "{}", whole.replace("gpg.py", "other.py")):
         config.write_text(text)
         refused(["--resume", out], "config.json", capsys=capsys)
     config.write_text(whole)
