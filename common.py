@@ -398,20 +398,20 @@ def autocast(device: torch.device):
 
 def load_model(
     name: str,
-    device: torch.device,
+    device: torch.device | str,
     task: gymnasium.Env | None = None,
     chat_template: bool = True,
     grad_checkpointing: bool = False,
 ):
     """-> (model, tokenizer) of "tiny", of a Hugging Face directory, or of a Hugging Face id; fp32.
 
-    "tiny" is warm-started on the demonstrations of `task`, once. Raises UserError.
+    "tiny" is warm-started, once, on the demonstrations of `task` ("add" if None). Raises UserError.
     """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     if name == "tiny":
-        name = tiny_model(task)
+        name = tiny_model(task or make_task("add"))
     elif Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise UserError(f"{name}: a directory without config.json is no Hugging Face model")
     try:
@@ -536,7 +536,13 @@ class Rollout:
     completion_mask: Tensor  # [N, T] bool, True where a token was sampled, the EOS included
     logprobs: Tensor  # [N, T] of each token when it was sampled; 0 outside the mask
     texts: list[str]  # N completions, without the EOS
-    truncated: Tensor  # [N] bool, True where max_new_tokens came before an EOS
+    truncated: Tensor | None = None  # [N] bool, True where max_new_tokens came before an EOS
+
+    def __post_init__(self):
+        self.prompt_mask = self.prompt_mask.bool()
+        self.completion_mask = self.completion_mask.bool()
+        if self.truncated is None:
+            self.truncated = torch.zeros_like(self.completion_mask[:, 0])
 
     def rows(self, index: Tensor) -> Rollout:
         """The rows `index` (numbers, or a mask; at least one), cut to the columns they use."""
@@ -617,8 +623,7 @@ def encode(model, tokenizer, prompts: list[str], completions: list[str]) -> Roll
     rows = [row + eos for row in tokenizer(completions, add_special_tokens=False).input_ids]
     ids, mask = pad(rows, "right", model.device)
     prompt_ids, prompt_mask = encode_prompts(model, tokenizer, prompts, room=ids.shape[1])
-    truncated = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
-    return Rollout(prompt_ids, prompt_mask, ids, mask, 0.0 * mask, completions, truncated)
+    return Rollout(prompt_ids, prompt_mask, ids, mask, 0.0 * mask, completions)
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -164,6 +164,8 @@ def notices(copy: Path, tests: str) -> bool:
 
 def main() -> int:
     chosen = [m for m in MUTATIONS if all(word in f"{m}" for word in sys.argv[1:])]
+    for tests in sorted({tests for *_, tests in chosen}):
+        assert not notices(ROOT, tests), f"tests/test_{tests}.py fails on the right version"
     unnoticed = []
     for name, file, right, wrong, tests in chosen:
         with tempfile.TemporaryDirectory() as folder:

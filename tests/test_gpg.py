@@ -276,6 +276,30 @@ def test_no_alpha(tmp_path, monkeypatch, model_dirs):
     assert [float(row["alpha"]) for row in rows] == [1.0] * 3
 
 
+def test_what_train_hands_to_the_loss(tmp_path, monkeypatch, model_dirs):
+    """All tokens of the batch, dead groups included; rows of valid groups only; gradients of one
+    step only."""
+    calls = []
+
+    def loss_and_look(logprobs, advantages, mask, alpha, total_tokens):
+        calls.append((len(logprobs), total_tokens, alpha, float(advantages.abs().min())))
+        return gpg_loss(logprobs, advantages, mask, alpha, total_tokens)
+
+    def logprobs_and_look(model, *args):
+        assert all(p.grad is None for p in model.parameters())
+        return logprobs(model, *args)
+
+    logprobs = common.completion_logprobs
+    monkeypatch.setattr(gpg, "gpg_loss", loss_and_look)
+    monkeypatch.setattr(common, "completion_logprobs", logprobs_and_look)
+    flags = ["--beta-th", 0, "--group-size", 16, "--lr", 1e-9, "--micro-batch-tokens", 10**6]
+    _, rows = run_gpg(tmp_path, monkeypatch, model_dirs["qwen2"], Levels(), *flags)
+    assert len(calls) == 3  # one forward pass a step
+    for (n, total_tokens, alpha, least), row in zip(calls, rows, strict=True):
+        assert n == 16 and alpha == 4.0 and least > 0
+        assert total_tokens == pytest.approx(4 * 16 * float(row["completion_length"]), rel=1e-5)
+
+
 class Hopeless(Levels):
     def reward(self, completion, answer):
         return 0.0

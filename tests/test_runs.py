@@ -452,6 +452,8 @@ def test_tiny_is_made_once_and_a_broken_cache_is_made_again(quick_warm_start, mo
 
 def test_tiny_is_another_for_another_task_or_recipe(quick_warm_start, monkeypatch):
     paths = {common.tiny_model(common.make_task(name)) for name in ("add", "add2")}
+    model, _ = common.load_model("tiny", "cpu")  # without a task: that of "add"
+    assert model.name_or_path in paths
     monkeypatch.setattr(common, "WARM_START", common.WARM_START | {"lr": 1e-3})
     paths.add(common.tiny_model(common.make_task("add")))
     assert len(paths) == 3

@@ -221,6 +221,19 @@ def test_rows_and_cat_keep_every_log_prob(small):
     assert one.prompt_ids.shape[1] == 1  # "7": the columns of longer prompts are gone
 
 
+def test_a_rollout_by_hand(small):
+    """As a course would write one: without the optional field, and with masks of 0 and 1."""
+    model, tokenizer = small
+    a = common.encode(model, tokenizer, ["1+1=", "12+5="], ["2", "17"])
+    b = Rollout(
+        a.prompt_ids, a.prompt_mask.long(), a.completion_ids, a.completion_mask.long(), a.logprobs,
+        a.texts,
+    )  # fmt: skip
+    assert b.truncated.tolist() == [False, False]
+    assert torch.equal(completion_logprobs(model, a), completion_logprobs(model, b))
+    assert b.rows(torch.tensor([1])).texts == ["17"]
+
+
 def test_encode_ends_each_completion_with_eos(small):
     model, tokenizer = small
     rollout = common.encode(model, tokenizer, ["1+1=", "12+5="], ["2", "17"])
