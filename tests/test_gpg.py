@@ -278,21 +278,25 @@ def test_no_alpha(tmp_path, monkeypatch, model_dirs):
 
 def test_what_train_hands_to_the_loss(tmp_path, monkeypatch, model_dirs):
     """All tokens of the batch, dead groups included; rows of valid groups only; gradients of one
-    step only."""
+    step only; log-probs at the temperature of sampling."""
     calls = []
 
     def loss_and_look(logprobs, advantages, mask, alpha, total_tokens):
         calls.append((len(logprobs), total_tokens, alpha, float(advantages.abs().min())))
         return gpg_loss(logprobs, advantages, mask, alpha, total_tokens)
 
-    def logprobs_and_look(model, *args):
+    def logprobs_and_look(model, mb, temperature=1.0):
         assert all(p.grad is None for p in model.parameters())
-        return logprobs(model, *args)
+        scored = logprobs(model, mb, temperature)
+        torch.testing.assert_close(scored, mb.logprobs, atol=1e-4, rtol=0)
+        assert temperature == 0.7
+        return scored
 
     logprobs = common.completion_logprobs
     monkeypatch.setattr(gpg, "gpg_loss", loss_and_look)
     monkeypatch.setattr(common, "completion_logprobs", logprobs_and_look)
     flags = ["--beta-th", 0, "--group-size", 16, "--lr", 1e-9, "--micro-batch-tokens", 10**6]
+    flags += ["--temperature", 0.7]
     _, rows = run_gpg(tmp_path, monkeypatch, model_dirs["qwen2"], Levels(), *flags)
     assert len(calls) == 3  # one forward pass a step
     for (n, total_tokens, alpha, least), row in zip(calls, rows, strict=True):
