@@ -131,6 +131,22 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
         "1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))", "1.0 - (1.0 - c / n) ** k",
         "tasks",
     ),
+    ("l_CoPG minimised", "bandit_toy.py", "return ((p.r - p.r_) - p.b", "return -((p.r - p.r_) - p.b", "bandit"),
+    ("beta / 2 for beta", "bandit_toy.py", "- p.beta * (p.h - p.h_)) **", "- p.beta / 2 * (p.h - p.h_)) **", "bandit"),
+    ("2 beta for beta", "bandit_toy.py", "- p.beta * (p.h - p.h_)) **", "- 2 * p.beta * (p.h - p.h_)) **", "bandit"),
+    ("not divided by 2 beta", "bandit_toy.py", "** 2 / (2 * p.beta)", "** 2", "bandit"),
+    ("no reference", "bandit_toy.py", "log_ratio = log_pi - tensor(ref).log()", "log_ratio = log_pi", "bandit"),
+    (
+        "a gradient through R_beta", "bandit_toy.py",
+        "self.rewards - beta * log_ratio.detach()", "self.rewards - beta * log_ratio", "bandit",
+    ),
+    (
+        "baseline E_pi[R] for E_pi[R_beta]", "bandit_toy.py",
+        "-((p.rb - p.value_kl()) * p.logp +", "-((p.rb - p.value()) * p.logp +", "bandit",
+    ),
+    ("preferences reversed", "bandit_toy.py", "self.h - self.h_, self.h_ - self.h)", "self.h_ - self.h, self.h - self.h_)", "bandit"),
+    ("KL reversed", "bandit_toy.py", "torch.xlogy(policy, policy / tensor(ref))", "torch.xlogy(tensor(ref), tensor(ref) / policy)", "bandit"),
+    ("one policy collects both", "bandit_toy.py", "collect(MU2, pairs, rng, env)", "collect(MU1, pairs, rng, env)", "bandit"),
     (
         "random states not restored", "common.py",
         '            torch.set_rng_state(self.loaded["rng"])\n', "", "runs",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import bandit_toy
 import common
 import gpg
 
@@ -14,14 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_equation_table_quotes_the_code():
-    code = [line.split("  #")[0].strip() for line in (ROOT / "gpg.py").read_text().splitlines()]
-    table = README.split("## The paper in the code")[1].split("\n\n")[2]
-    rows = table.splitlines()[2:]
-    assert len(rows) == 7
-    for row in rows:
+@pytest.mark.parametrize(
+    "section, module, rows",
+    [("## The paper in the code", gpg, 7), ("## CoPG on a bandit", bandit_toy, 8)],
+)
+def test_the_equation_tables_quote_the_code(section, module, rows):
+    code = Path(module.__file__).read_text(encoding="utf-8").splitlines()
+    code = [line.split("  #")[0].strip() for line in code]
+    table = README.split(section)[1].split("| in the paper |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == rows
+    for row in table:
         function, line = re.search(r"\| `(\w+)`.*\| `(.*)` \|$", row).groups()
-        assert hasattr(gpg, function) and line in code
+        assert hasattr(module, function) and line in code
 
 
 def test_every_column_is_explained():

@@ -1,0 +1,337 @@
+"""CoPG's toy bandit: section 5 and figure 1 of Flet-Berliac et al. 2024 (arXiv 2406.19185).
+
+Three arms, a data set of pairs collected by two bad policies, and no more interaction: which loss
+finds the policy that is best for reward minus KL? CoPG does. Policy gradient with the wrong
+baseline does not, and IPO converges to something else.
+
+    J(pi)    = E_pi[R] - beta KL(pi || ref), to maximise                                  eq. 1
+    R_b(y)   = R(y) - b ln(pi(y) / ref(y)), the reward regularised with strength b        eq. 2
+    pi*      = ref exp(R / beta) / Z                                                      eq. 29
+    l_CoPG   = (R_{beta/2}(y) - R_{beta/2}(y')) (h(y) - h(y')),  h = ln(pi / ref)         eq. 7-9
+             = [dR^2 - (dR - beta dh)^2] / (2 beta),  d: difference of the two, to maximise
+
+    python bandit_toy.py                              a table, regret.csv and figure1.png; seconds
+    python bandit_toy.py --lr 1e-3                    the paper's literal learning rate
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+import common
+from common import positive
+
+R = (2.5, 2.0, 1.0)  # rewards of the arms
+MU1, MU2 = (0.1, 0.2, 0.7), (0.05, 0.05, 0.9)  # the two policies that collected the data
+REF, BETA = (1 / 3, 1 / 3, 1 / 3), 0.5
+
+# --------------------------------------------------------------------------------------------------
+# The bandit, and what is exact about it
+# --------------------------------------------------------------------------------------------------
+
+
+class ThreeArmedBandit(gymnasium.Env):
+    """One step: pull arm 0, 1 or 2 and receive its reward. There is nothing to observe."""
+
+    metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own idiom)
+
+    def __init__(self, rewards=R):
+        self.rewards = tuple(map(float, rewards))
+        self.action_space = gymnasium.spaces.Discrete(len(self.rewards))
+        self.observation_space = gymnasium.spaces.Discrete(1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return 0, {}
+
+    def step(self, action):
+        return 0, self.rewards[action], True, False, {}
+
+
+def tensor(x) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.float64)
+
+
+def optimal_policy(rewards=R, ref=REF, beta: float = BETA) -> Tensor:
+    """pi* [A] (eq. 29)."""
+    return (tensor(ref).log() + tensor(rewards) / beta).softmax(-1)
+
+
+def objective(policy, rewards=R, ref=REF, beta: float = BETA) -> Tensor:
+    """J of a policy [..., A] -> [...] (eq. 1)."""
+    policy = tensor(policy)
+    kl = torch.xlogy(policy, policy / tensor(ref)).sum(-1)
+    return (policy * tensor(rewards)).sum(-1) - beta * kl
+
+
+def regret(policy, rewards=R, ref=REF, beta: float = BETA) -> Tensor:
+    """J(pi*) - J(policy) >= 0, [...]."""
+    best = objective(optimal_policy(rewards, ref, beta), rewards, ref, beta)
+    return best - objective(policy, rewards, ref, beta)
+
+
+# --------------------------------------------------------------------------------------------------
+# The losses, side by side
+# --------------------------------------------------------------------------------------------------
+
+
+class Pairs:
+    """What a loss may look at, for pairs of arms y, y_ of the shape [..., n].
+
+    logits [..., A] are the policy's; a name that ends in _ is of the second arm. mu1, mu2 are the
+    probabilities with which the arms were drawn; wins is True where y is the preferred one.
+    """
+
+    def __init__(self, logits, y, y_, wins, rewards=R, ref=REF, beta=BETA, mu1=MU1, mu2=MU2):
+        self.y, self.y_, self.wins, self.beta, self.mu1, self.mu2 = y, y_, wins, beta, mu1, mu2
+        self.rewards = tensor(rewards)
+        log_pi = logits.log_softmax(-1)  # [..., A]
+        log_ratio = log_pi - tensor(ref).log()
+        self.pi = log_pi.detach().exp()
+        self.regularised = self.rewards - beta * log_ratio.detach()  # R_beta, [..., A]
+        self.r, self.r_ = self.rewards[y], self.rewards[y_]
+        self.rb, self.rb_ = self.regularised.gather(-1, y), self.regularised.gather(-1, y_)
+        self.logp, self.logp_ = log_pi.gather(-1, y), log_pi.gather(-1, y_)  # ln pi
+        self.h, self.h_ = log_ratio.gather(-1, y), log_ratio.gather(-1, y_)  # ln pi / ref
+
+    def value(self):  # E_pi[R]
+        return (self.pi * self.rewards).sum(-1, keepdim=True)
+
+    def value_kl(self):  # E_pi[R_beta] = J(pi)
+        return (self.pi * self.regularised).sum(-1, keepdim=True)
+
+    def weights(self):  # pi / mu of y and of y_
+        weights = self.pi.gather(-1, self.y), self.pi.gather(-1, self.y_)
+        return weights[0] / tensor(self.mu1)[self.y], weights[1] / tensor(self.mu2)[self.y_]
+
+    def margin(self):  # h of the preferred arm minus h of the other
+        return torch.where(self.wins, self.h - self.h_, self.h_ - self.h)
+
+
+def copg_loss(p):  # eq. 7-10 and 17, as a square; the paper's text there says minimise l: maximise
+    return ((p.r - p.r_) - p.beta * (p.h - p.h_)) ** 2 / (2 * p.beta)
+
+
+def pg_loss(p):  # eq. 23-24 with b = 0: policy gradient off-policy, without a baseline
+    return -(p.rb * p.logp + p.rb_ * p.logp_)
+
+
+def pg_value_loss(p):  # eq. 23-24 with b = E_pi[R], as in section 5
+    return -((p.rb - p.value()) * p.logp + (p.rb_ - p.value()) * p.logp_)
+
+
+def pg_value_kl_loss(p):  # eq. 23-24 with b = E_pi[R_beta], as in section 2: it finds pi* too
+    return -((p.rb - p.value_kl()) * p.logp + (p.rb_ - p.value_kl()) * p.logp_)
+
+
+def is_loss(p):  # eq. 5-6: importance sampling, the classical cure; needs mu, pays in variance
+    w, w_ = p.weights()
+    return -(w * (p.rb - p.value_kl()) * p.logp + w_ * (p.rb_ - p.value_kl()) * p.logp_)
+
+
+def rloo_loss(p):  # eq. 65-66: what CoPG is on-policy; y and y_ are fresh samples of pi
+    return -((p.rb - p.rb_) * p.logp + (p.rb_ - p.rb) * p.logp_)
+
+
+def ipo_loss(p):  # eq. 20-22: preferences only; beta times the margin is to be 1/2
+    return (0.5 - p.beta * p.margin()) ** 2
+
+
+def dpo_loss(p):  # Rafailov et al. 2023 (arXiv 2305.18290), eq. 7
+    return -logsigmoid(p.beta * p.margin())
+
+
+LOSSES = {
+    "copg": copg_loss, "pg": pg_loss, "pg-value": pg_value_loss, "ipo": ipo_loss,
+    "pg-value-kl": pg_value_kl_loss, "is": is_loss, "rloo": rloo_loss, "dpo": dpo_loss,
+}  # fmt: skip
+PAPER = ["copg", "pg", "pg-value", "ipo"]  # the four curves of figure 1; the others are ours
+
+# --------------------------------------------------------------------------------------------------
+# Training, and its limit without sampling
+# --------------------------------------------------------------------------------------------------
+
+
+def collect(policy, n: int, rng: np.random.Generator, env: gymnasium.Env) -> tuple[list, list]:
+    """n episodes with a fixed policy -> arms, rewards."""
+    arms = rng.choice(len(policy), size=n, p=policy).tolist()
+    rewards = []
+    for arm in arms:
+        env.reset()
+        rewards.append(env.step(arm)[1])
+    return arms, rewards
+
+
+@functools.cache  # all methods learn from the same data
+def data_set(seeds: tuple[int, ...], pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """y, y_ and wins [S, pairs]; the preferences are drawn once, by Bradley-Terry."""
+    env, rows = ThreeArmedBandit(), []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        (y, r), (y_, r_) = collect(MU1, pairs, rng, env), collect(MU2, pairs, rng, env)
+        wins = rng.random(pairs) < 1 / (1 + np.exp(np.subtract(r_, r)))  # sigmoid(R(y) - R(y'))
+        rows.append((torch.tensor(y), torch.tensor(y_), torch.tensor(wins)))
+    return tuple(torch.stack(columns) for columns in zip(*rows, strict=True))
+
+
+def train(
+    method: str, seeds=range(10), epochs: int = 100, lr: float = 5e-3, batch_size: int = 512,
+    pairs: int = 10_000, policies: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Training from three zero logits with Adam -> regret after each epoch, [epochs + 1, S].
+
+    The seeds are a dimension of the tensors: all S of them train at once. policies=True returns the
+    final policies [S, A] too.
+    """
+    S = len(seeds)
+    y, y_, wins = data_set(tuple(seeds), pairs)  # [S, pairs]
+    generator = torch.Generator().manual_seed(seeds[0])
+    logits = torch.zeros(S, len(R), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=lr, fused=True)
+    curve = [regret(logits.detach().softmax(-1))]
+    for _ in range(epochs):
+        for batch in torch.randperm(pairs, generator=generator).split(batch_size):  # [n]
+            arms, arms_ = y[:, batch], y_[:, batch]  # [S, n]
+            if method == "rloo":  # on-policy: the data are not used
+                pi = logits.detach().softmax(-1)
+                arms, arms_ = pi.multinomial(2 * len(batch), True, generator=generator).chunk(2, 1)
+            p = Pairs(logits, arms, arms_, wins[:, batch])
+            optimizer.zero_grad()
+            LOSSES[method](p).mean(1).sum().backward()  # a seed has a mean and logits of its own
+            optimizer.step()
+        curve.append(regret(logits.detach().softmax(-1)))
+    curve = torch.stack(curve).numpy()
+    return (curve, logits.detach().softmax(-1).numpy()) if policies else curve
+
+
+def expected_loss(method: str, logits, rewards=R, ref=REF, beta=BETA, mu1=MU1, mu2=MU2) -> Tensor:
+    """The mean loss of logits [A] over all pairs and both preferences, enumerated: no sampling.
+
+    y ~ mu1, y' ~ mu2, for "rloo" both from the policy, held fixed; preferences by Bradley-Terry.
+    """
+    A = len(rewards)
+    y, y_ = torch.cartesian_prod(torch.arange(A), torch.arange(A)).T.repeat(1, 2)  # [2 A^2]
+    wins = torch.arange(2 * A * A) < A * A
+    margin = tensor(rewards)[y] - tensor(rewards)[y_]
+    preference = torch.where(wins, margin, -margin).sigmoid()
+    pi = logits.detach().softmax(-1)
+    m1, m2 = (pi, pi) if method == "rloo" else (tensor(mu1), tensor(mu2))
+    loss = LOSSES[method](Pairs(logits, y, y_, wins, rewards, ref, beta, mu1, mu2))
+    return (m1[y] * m2[y_] * preference * loss).sum()
+
+
+def expected_gradient(method: str, logits: Tensor, **problem) -> Tensor:
+    """The gradient [A] of the expected loss."""
+    logits = logits.detach().requires_grad_()
+    return torch.autograd.grad(expected_loss(method, logits, **problem), logits)[0]
+
+
+def limit(method: str, steps: int = 1500, lr: float = 1.0, **problem) -> Tensor:
+    """The policy [A] where gradient descent on the expected loss ends, from zero logits."""
+    logits = torch.zeros(len(problem.get("rewards", R)), dtype=torch.float64)
+    for _ in range(steps):
+        logits = logits - lr * expected_gradient(method, logits, **problem)
+    return logits.softmax(-1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Table and figure
+# --------------------------------------------------------------------------------------------------
+
+
+def verdict(limit_regret: float) -> str:
+    if limit_regret < 1e-6:
+        return "optimal"
+    return "biased" if limit_regret < regret(REF) else "worse than the start"
+
+
+def draw_figure(curves: dict, policies: dict, limits: dict, path: Path) -> None:
+    """Left: regret over epochs, mean and range over seeds, each method's limit. Right: policies."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("Agg")
+    colours = ["#000000", "#D55E00", "#0072B2", "#009E73"]  # Okabe and Ito's
+    colours += ["#CC79A7", "#E69F00", "#56B4E9", "#777777"]
+    styles = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3))]
+    look = dict(zip(LOSSES, zip(colours, styles, strict=True), strict=True))
+    floor = 1e-5  # a logarithmic axis has no 0
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    ends = {}
+    for method, curve in curves.items():  # [epochs + 1, S]
+        colour, style = look[method]
+        epochs, curve = np.arange(len(curve)), curve.clip(floor)
+        left.plot(epochs, curve.mean(1), color=colour, linestyle=style, lw=1.8)
+        left.fill_between(epochs, curve.min(1), curve.max(1), color=colour, alpha=0.15, lw=0)
+        left.hlines(max(float(regret(limits[method])), floor), 0, epochs[-1], color=colour, lw=0.5)
+        ends[method] = np.log10(curve[-1].mean())
+    height = -np.inf
+    for method in sorted(ends, key=ends.get):  # labels at the curves, pushed apart
+        height = max(ends[method], height + 0.24)
+        text = {"color": look[method][0], "fontsize": 9, "va": "center"}
+        left.annotate(
+            method, (epochs[-1], 10 ** ends[method]), (epochs[-1] * 1.06, 10**height), **text,
+            arrowprops={"arrowstyle": "-", "color": look[method][0], "lw": 0.6},
+        )  # fmt: skip
+    left.set(yscale="log", ylim=(floor / 1.5, 1.5), xlim=(0, epochs[-1] * 1.3))
+    left.set(xlabel="epoch", ylabel="regret J(pi*) - J(pi)")
+    left.set_title(f"regret ({floor:g} and below drawn at {floor:g}); thin lines: exact limits")
+    left.spines[["top", "right"]].set_visible(False)
+    for arm, (shade, hatch) in enumerate((("#333333", ""), ("#999999", "//"), ("#eeeeee", ".."))):
+        heights = [policies[m].mean(0)[arm] for m in policies]
+        positions = np.arange(len(policies)) + 0.27 * (arm - 1)
+        label = f"arm {arm}, reward {R[arm]:g}"
+        right.bar(positions, heights, 0.26, color=shade, hatch=hatch, ec="black", label=label)
+        right.axhline(float(optimal_policy()[arm]), color="black", lw=0.8, ls=":")
+        right.text(len(policies) - 0.4, float(optimal_policy()[arm]), f"pi*({arm})", va="center")
+    right.set_xticks(range(len(policies)), policies, fontsize=8)
+    right.set_title("final policies, mean over seeds; dotted: pi*")
+    right.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.Parser("bandit_toy.py", description="CoPG's toy bandit, figure 1 of the paper.")
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=LOSSES, default=list(LOSSES), help="(default: all)")
+    add("--lr", type=positive(float), default=5e-3, help="of Adam (default: 5e-3; paper: 1e-3)")
+    add("--epochs", type=positive(int), default=100, help="(default: 100, as the paper)")
+    add("--seeds", type=positive(int), default=10, help="number of seeds (default: 10)")
+    add("--out", type=Path, default=Path("runs/bandit_toy"), help="(default: runs/bandit_toy)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the tensors are small
+    curves, policies, limits = {}, {}, {}
+    print(f"J(pi*) = {objective(optimal_policy()):.6f}, J(ref) = {objective(REF):.6f}")
+    print(f"{'method':12} {'regret':>8} {'sd':>7} {'limit':>8}   {'final policy':21} in the limit")
+    for method in args.methods:
+        curves[method], policies[method] = train(
+            method, range(args.seeds), args.epochs, args.lr, policies=True
+        )
+        limits[method] = limit(method)
+        last, exact = curves[method][-1], float(regret(limits[method]))
+        policy = " ".join(f"{x:.4f}" for x in policies[method].mean(0))
+        print(
+            f"{method:12} {last.mean():8.4f} {last.std():7.4f} {exact:8.4f}   {policy:21} "
+            f"{verdict(exact)}", flush=True,
+        )  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "regret.csv").open("w", encoding="utf-8") as file:
+        file.write("method,seed,epoch,regret\n")
+        for method, curve in curves.items():
+            for (epoch, seed), value in np.ndenumerate(curve):
+                file.write(f"{method},{seed},{epoch},{value:.8g}\n")
+    draw_figure(curves, policies, limits, args.out / "figure1.png")
+    print(f"see {args.out}: regret.csv, figure1.png")
+
+
+if __name__ == "__main__":
+    with common.plain_errors("bandit_toy.py"):
+        main()
