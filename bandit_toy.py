@@ -12,6 +12,9 @@ baseline does not, and IPO converges to something else.
 
     python bandit_toy.py                              a table, regret.csv and figure1.png; seconds
     python bandit_toy.py --lr 1e-3                    the paper's literal learning rate
+
+With 1e-3 Adam moves three zero logits too little to get there in 100 epochs: CoPG's regret is .013.
+With 5e-3, the default here, every curve reaches its limit.
 """
 
 from __future__ import annotations
