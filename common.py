@@ -990,6 +990,7 @@ class Run:
                 torch.cuda.set_rng_state_all(self.loaded["cuda_rng"])
             keep_steps(metrics, self.state["step"])
             keep_steps(samples, self.state["step"])
+            self.loaded = None  # Adam's moments need not stay in memory twice
         else:
             for path in self.dir.glob("checkpoint*"):
                 shutil.rmtree(path)
