@@ -122,12 +122,13 @@ class Addition(TextTask):
 
     The first demonstrations are careful, for the tiny model to learn how it is done. Of the later
     ones half have one slip, in a digit or in a carry, and go on from it: a model that imitates them
-    is right about half of the time, which leaves room for reinforcement learning.
+    is right about half of the time, which leaves room for reinforcement learning. The hard form has
+    slips in four columns out of five: hardly an answer is right, and most groups teach nothing.
     """
 
-    def __init__(self, split: str = "train", digits: int = 3):
+    def __init__(self, split: str = "train", digits: int = 3, hard: bool = False):
         super().__init__(split)
-        self.digits = digits
+        self.digits, self.hard = digits, hard
 
     def problem(self, index):
         rng = random.Random(f"{self.split} {index}")
@@ -141,14 +142,18 @@ class Addition(TextTask):
         a, b = self.problem(index)[0].rstrip("=").split("+")
         columns = max(len(a), len(b))
         rng = random.Random(f"slip {self.split} {index}")
-        slip = rng.randrange(columns) if index >= CAREFUL and rng.random() < 0.5 else None
+        slips = []
+        if index >= CAREFUL and self.hard:
+            slips = [column for column in range(columns) if rng.random() < 0.8]
+        elif index >= CAREFUL and rng.random() < 0.5:
+            slips = [rng.randrange(columns)]
         work, answer, carry = [], "", 0
         for column in range(columns):
             x, y = (int(n.zfill(columns)[-1 - column]) for n in (a, b))
             total = x + y + carry
-            if column == slip and rng.random() < 0.5:  # a carry forgotten or invented
+            if column in slips and rng.random() < 0.5:  # a carry forgotten or invented
                 total = (total + 10) % 20
-            elif column == slip:  # a wrong digit
+            elif column in slips:  # a wrong digit
                 total += rng.choice([d for d in range(10) if d != total % 10]) - total % 10
             work.append(f"{x}+{y}+{carry}={total}")
             answer = f"{total % 10}{answer}"
@@ -241,16 +246,16 @@ def gsm8k_file(split: str, data: str | None) -> Path:
 def make_task(name: str, split: str = "train", data: str | None = None) -> gymnasium.Env:
     """The task called `name`, for the split "train" or "test". Raises UserError.
 
-    "add" (or "add5": up to five digits), "gsm8k" (read from the folder or file `data` if given),
-    "file.jsonl", or the id of any Gymnasium environment that takes and gives strings, with its
-    module: "my_tasks:Haiku-v0".
+    "add" ("add5": up to five digits; "add-hard": see Addition), "gsm8k" (read from the folder or
+    file `data` if given), "file.jsonl", or the id of any Gymnasium environment that takes and gives
+    strings, with its module: "my_tasks:Haiku-v0".
     """
     if split not in ("train", "test"):
         raise UserError(f"the split is 'train' or 'test', not {split!r}")
     if data and name != "gsm8k":
         raise UserError(f"--data goes with --task gsm8k, not with --task {name}")
-    if re.fullmatch(r"add([1-9]\d?)?", name):
-        return Addition(split, digits=int(name[3:] or 3))
+    if add := re.fullmatch(r"add([1-9]\d?)?(-hard)?", name):
+        return Addition(split, digits=int(add[1] or 3), hard=bool(add[2]))
     if name == "gsm8k" and data and not Path(data).is_dir():
         return JSONLines(Path(data), split, GSM8K_INSTRUCTION)
     if name == "gsm8k":
@@ -767,6 +772,16 @@ def completion_logprobs(model, rollout: Rollout, temperature: float = 1.0) -> Te
             chunks = zip(states.split(m), targets.split(m), strict=True)
             values = torch.cat([checkpoint(score, *c, use_reentrant=False) for c in chunks])
     return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+
+
+@torch.no_grad()
+def frozen_logprobs(model, rollout: Rollout, max_tokens: int, temperature: float = 1.0) -> Tensor:
+    """completion_logprobs [N, T] without gradient, in micro-batches: for a reference model."""
+    logprobs = torch.zeros_like(rollout.logprobs)
+    for rows in micro_batches(rollout, max_tokens):
+        values = completion_logprobs(model, rollout.rows(rows), temperature)  # [n, its longest]
+        logprobs[rows, : values.shape[1]] = values.to(logprobs.dtype)
+    return logprobs
 
 
 def head_gives_logits(model) -> bool:

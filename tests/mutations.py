@@ -69,6 +69,96 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
         "advantages[rows], mb.comp", "advantages[: len(rows)], mb.comp", "gpg",
     ),
     ("scored at temperature 1", "gpg.py", "(model, mb, args.temperature)", "(model, mb)", "gpg"),
+    ("GRPO: max for min", "grpo.py", "J = torch.min(", "J = torch.max(", "grpo"),
+    (
+        "GRPO: clips swapped", "grpo.py",
+        "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)", "grpo",
+    ),
+    (
+        "GRPO: no minimum, only the clip", "grpo.py",
+        "torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)",
+        "ratio.clamp(1 - clip_low, 1 + clip_high) * A", "grpo",
+    ),
+    (
+        "GRPO: clip inverted for negative advantages", "grpo.py",
+        "J = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)",
+        "J = torch.min(ratio, ratio.clamp(1 - clip_low, 1 + clip_high)) * A", "grpo",
+    ),
+    ("GRPO: sign flipped", "grpo.py", "return -(J * mask)", "return (J * mask)", "grpo"),
+    ("GRPO: ratio inverted", "grpo.py", "ratio = (logprobs - old_logprobs).exp()  #", "ratio = (old_logprobs - logprobs).exp()  #", "grpo"),
+    ("GRPO: KL reversed", "grpo.py", "log_ratio = ref_logprobs - logprobs", "log_ratio = logprobs - ref_logprobs", "grpo"),
+    ("GRPO: k1 for k3", "grpo.py", "return log_ratio.expm1() - log_ratio", "return -log_ratio", "grpo"),
+    ("GRPO: KL as a reward", "grpo.py", "J = J - kl_beta *", "J = J + kl_beta *", "grpo"),
+    ("GRPO: KL without beta", "grpo.py", "J = J - kl_beta * kl_k3(", "J = J - kl_k3(", "grpo"),
+    ("GRPO: no 1 / |o_i|", "grpo.py", "J = J / mask.sum(1, keepdim=True)", "pass", "grpo"),
+    (
+        "GRPO: 1 / |o_i| everywhere", "grpo.py",
+        'if aggregate == "sequence":\n', "if True:\n", "grpo",
+    ),
+    (
+        "GRPO: normalised per micro-batch", "grpo.py",
+        "total = batch_total(mask, aggregate, mask.shape[1]) if total is None else total",
+        "total = batch_total(mask, aggregate, mask.shape[1])", "grpo",
+    ),
+    (
+        "GRPO: constant is the longest completion", "grpo.py",
+        "total = batch_total(mask, args.aggregate, args.max_new_tokens)",
+        "total = batch_total(mask, args.aggregate, mask.shape[1] - 1)", "grpo",
+    ),
+    ("GRPO: mask ignored", "grpo.py", "return -(J * mask)", "return -(J)", "grpo"),
+    ("GRPO: population std", "grpo.py", "rewards.std(1, keepdim=True)", "rewards.std(1, False, keepdim=True)", "grpo"),
+    ("GRPO: std for none", "grpo.py", 'if scale == "std" else', "if True else", "grpo"),
+    (
+        "GRPO: rounding in dead groups kept", "grpo.py",
+        "    centred = centred * is_valid(rewards)[:, None]", "    # ", "grpo",
+    ),
+    (
+        "GRPO: old policy is the current one", "grpo.py",
+        "logprobs, mb.logprobs, A, mb", "logprobs, logprobs.detach(), A, mb", "grpo",
+    ),
+    (
+        "GRPO: reference from the checkpoint", "grpo.py",
+        "ref_model = common.load_model(args.model,", "ref_model = common.load_model(run.model_name(),", "grpo",
+    ),
+    (
+        "GRPO: the reference is the policy", "grpo.py",
+        "ref_model = common.load_model(args.model, device, task)[0].requires_grad_(False)",
+        "ref_model = model", "grpo",
+    ),
+    (
+        "GRPO: reference scored at temperature 1", "grpo.py",
+        "ref_model, batch, args.micro_batch_tokens, args.temperature",
+        "ref_model, batch, args.micro_batch_tokens", "grpo",
+    ),
+    ("GRPO: scored at temperature 1", "grpo.py", "(model, mb, args.temperature)", "(model, mb)", "grpo"),
+    (
+        "GRPO: reference log-probs of other rows", "grpo.py",
+        "ref_logprobs[rows, :", "ref_logprobs[: len(rows), :", "grpo",
+    ),
+    (
+        "GRPO: advantages of other rows", "grpo.py",
+        "advantages[rows]", "advantages[: len(rows)]", "grpo",
+    ),
+    (
+        "GRPO: dead rows out of the total", "grpo.py",
+        "mask = batch.completion_mask[minibatch]", "mask = batch.completion_mask[minibatch][live[minibatch]]", "grpo",
+    ),
+    (
+        "GRPO: dead rows without their KL", "grpo.py",
+        "live = (advantages != 0) | (args.kl_beta > 0)", "live = advantages != 0", "grpo",
+    ),
+    (
+        "GRPO: dynamic sampling keeps dead groups", "grpo.py",
+        "return alive if dynamic_sampling and len(alive) else", "return", "grpo",
+    ),
+    ("GRPO: dynamic sampling never", "grpo.py", "args.max_rounds if args.dynamic_sampling else 1", "1", "grpo"),
+    ("GRPO: one pass only", "grpo.py", "for _ in range(mu) for", "for _ in range(1) for", "grpo"),
+    ("GRPO: gradients not cleared", "grpo.py", "            optimizer.zero_grad()\n", "", "grpo"),
+    ("GRPO: DAPO's upper clip lost", "grpo.py", '"clip_high": 0.28,', "", "grpo"),
+    (
+        "frozen log-probs in the wrong rows", "common.py",
+        "logprobs[rows, : values.shape[1]] =", "logprobs[: len(rows), : values.shape[1]] =", "grpo",
+    ),
     (
         "temperature not applied in scoring", "common.py",
         "torch.float32)) / temperature", "torch.float32))", "sampling",
