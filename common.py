@@ -192,31 +192,39 @@ def shuffled(n: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(n), n)
 
 
-def read_records(path: Path) -> list[tuple[str, str]]:
-    """A JSONL file as [(prompt, answer)]. Raises UserError with the line number of a bad record."""
+def json_lines(path: Path):
+    """(name of the line, object) of every line of a JSONL file. Raises UserError with its number.
+    There is at least one."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    records = []
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{path}: there are no records in it")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
+            raise UserError(f"{where}: not a JSON object ({error})") from error
         if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object")
+            raise UserError(f"{where}: not a JSON object")
+        yield where, record
+
+
+def read_records(path: Path) -> list[tuple[str, str]]:
+    """A JSONL file as [(prompt, answer)]. Raises UserError with the line number of a bad record."""
+    records = []
+    for where, record in json_lines(path):
         prompt = record.get("prompt", record.get("question"))
         answer = record.get("answer")
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{path}, line {number}: needs a text under 'prompt' or 'question'")
+            raise UserError(f"{where}: needs a text under 'prompt' or 'question'")
         if type(answer) not in (str, int, float) or not str(answer).strip():
-            raise UserError(f"{path}, line {number}: needs a text or a number under 'answer'")
+            raise UserError(f"{where}: needs a text or a number under 'answer'")
         records.append((prompt, str(answer)))
-    if not records:
-        raise UserError(f"{path}: there are no records in it")
     return records
 
 
@@ -460,46 +468,53 @@ def tiny_tokenizer():
     return Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|pad|>")
 
 
-def warm_start(model, tokenizer, task: gymnasium.Env) -> None:
-    """Supervised learning on the task's demonstrations: maximum likelihood, AdamW, cosine to 0."""
-    steps, peak = WARM_START["steps"], WARM_START["lr"]
+def fit(model, batch_loss, steps: int, peak_lr: float, name: str) -> None:
+    """Supervised learning: AdamW, cosine to 0. batch_loss(i): the loss of batch i = 0, 1, 2 ..."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0
+        model.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.0
     )
-    index = 0
-    bar = tqdm(range(1, steps + 1), desc="warm-start of the tiny model", unit="step")
+    bar = tqdm(range(1, steps + 1), desc=name, unit="step")
     for step in bar:
+        loss = batch_loss(step - 1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr, steps // 7, "cosine")
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def imitation_loss(model, tokenizer, prompts: list[str], completions: list[str]) -> Tensor:
+    """Maximum likelihood: minus the mean log-prob of the completions' tokens."""
+    rollout = encode(model, tokenizer, prompts, completions)
+    return -masked_mean(completion_logprobs(model, rollout), rollout.completion_mask)
+
+
+def warm_start(model, tokenizer, task: gymnasium.Env) -> None:
+    """Supervised learning on the task's demonstrations, each of them seen once."""
+    index = 0
+
+    def batch_loss(i):
+        nonlocal index
         prompts, completions, tokens = [], [], 0
         while tokens < WARM_START["tokens_per_step"]:
             prompts += get_prompts(task, [index])
             completions.append(task.unwrapped.demonstration(index))
             tokens += len(prompts[-1]) + len(completions[-1])
             index += 1
-        rollout = encode(model, tokenizer, prompts, completions)
-        loss = -masked_mean(completion_logprobs(model, rollout), rollout.completion_mask)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, 50, "cosine")
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return imitation_loss(model, tokenizer, prompts, completions)
+
+    fit(model, batch_loss, WARM_START["steps"], WARM_START["lr"], "warm-start of the tiny model")
 
 
-def tiny_model(task: gymnasium.Env) -> str:
-    """The directory of the tiny model for this task; made on the CPU the first time, then cached.
+def cached_model(recipe: list, make) -> str:
+    """The directory of a model that `make(directory)` saves; made the first time, then cached.
 
-    Its name is a hash of everything that shapes it: sizes, recipe, and demonstrations. If its files
-    are not those that were written, byte for byte, it is made again, never trusted.
+    Its name is a hash of `recipe`: everything that shapes the model. If its files are not those
+    that were written, byte for byte, it is made again, never trusted.
     """
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    if not hasattr(task.unwrapped, "demonstration"):
-        raise UserError("--model tiny needs a task with a method demonstration(index)")
-    size = getattr(task.unwrapped, "size", None)
-    shown = range(size) if size else range(0, 100_000, 97)  # an endless task shows in a sample
-    demonstrations = [[get_prompts(task, [i]), task.unwrapped.demonstration(i)] for i in shown]
-    recipe = json.dumps([TINY, WARM_START, demonstrations], sort_keys=True)
-    path = cache_dir() / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    path = cache_dir() / f"tiny-{digest[:16]}"
 
     def checksum(folder: Path) -> str:
         files = sorted(file for file in folder.iterdir() if file.name != "checksum")
@@ -512,18 +527,34 @@ def tiny_model(task: gymnasium.Env) -> str:
             return False
 
     if not whole():
+        new = path.with_name(f"{path.name}.{os.getpid()}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(WARM_START["seed"])
-            model, tokenizer = Qwen2ForCausalLM(Qwen2Config(**TINY)), tiny_tokenizer()
-            warm_start(model, tokenizer, task)
-        new = path.with_name(f"{path.name}.{os.getpid()}")
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+            make(new)
         (new / "checksum").write_text(checksum(new))
         shutil.rmtree(new if whole() else path, ignore_errors=True)  # another run was faster
         if new.exists():
             new.rename(path)
     return str(path)
+
+
+def tiny_model(task: gymnasium.Env) -> str:
+    """The directory of the tiny model, warm-started on this task; made on the CPU, then cached."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    if not hasattr(task.unwrapped, "demonstration"):
+        raise UserError("--model tiny needs a task with a method demonstration(index)")
+    size = getattr(task.unwrapped, "size", None)
+    shown = range(size) if size else range(0, 100_000, 97)  # an endless task shows in a sample
+    demonstrations = [[get_prompts(task, [i]), task.unwrapped.demonstration(i)] for i in shown]
+
+    def make(directory):
+        model, tokenizer = Qwen2ForCausalLM(Qwen2Config(**TINY)), tiny_tokenizer()
+        warm_start(model, tokenizer, task)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    return cached_model([TINY, WARM_START, demonstrations], make)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -803,14 +834,18 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
-    """Row numbers, sorted by length, in batches with rows x longest <= max_tokens (or one row)."""
-    lengths = (rollout.prompt_mask.sum(1) + rollout.completion_mask.sum(1)).tolist()
+def micro_batches(rollout: Rollout, max_tokens: int, together: int = 1) -> list[Tensor]:
+    """Row numbers, sorted by length, in batches with rows x longest <= max_tokens, if possible.
+
+    `together` adjacent rows are never separated: losses that compare completions want that.
+    """
+    lengths = rollout.prompt_mask.sum(1) + rollout.completion_mask.sum(1)  # [N]
+    lengths = lengths.view(-1, together).amax(1).tolist()  # [N / together]
     batches = [[]]
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > max_tokens:
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches[-1] and (len(batches[-1]) + together) * lengths[i] > max_tokens:
             batches.append([])
-        batches[-1].append(row)
+        batches[-1] += range(i * together, (i + 1) * together)
     return [torch.tensor(batch, device=rollout.prompt_ids.device) for batch in batches]
 
 
@@ -822,6 +857,12 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
 COLUMNS = [
     "step", "reward_mean", "reward_std", "valid_share", "alpha", "loss", "grad_norm", "entropy",
     "completion_length", "truncated_share", "lr", "tokens_per_second", "seconds", "eval_accuracy",
+]  # fmt: skip
+# What the bar shows: column, word, decimals.
+BAR = [
+    ("reward_mean", "reward", 2), ("valid_share", "valid", 2), ("alpha", "alpha", 2),
+    ("loss", "loss", 3), ("accuracy", "accuracy", 3), ("reward", "held-out reward", 3),
+    ("kl", "kl", 2), ("tokens_per_second", "tokens/s", 0),
 ]  # fmt: skip
 
 
@@ -946,9 +987,9 @@ def evaluate(model, tokenizer, task: gymnasium.Env, args) -> dict[str, float]:
     shares = sampled.mean(1)  # [n]; completions of one problem go together, so the error is over n
     return {
         "accuracy": shares.mean().item(),
-        "stderr": (shares.std() / math.sqrt(n)).item() if n > 1 else math.nan,
-        "pass_at_k": sum(pass_at_k(k, int(c), k) for c in sampled.sum(1)) / n,
+        "accuracy_stderr": (shares.std() / math.sqrt(n)).item() if n > 1 else math.nan,
         "greedy": greedy.mean().item(),
+        f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in sampled.sum(1)) / n,
     }
 
 
@@ -1078,7 +1119,7 @@ class Run:
         row |= {"step": step, "seconds": seconds}
         if evaluation:
             self.state["after" if step else "before"] = evaluation
-            row["eval_accuracy"] = evaluation["accuracy"]
+            row |= {f"eval_{name}": value for name, value in evaluation.items()}
         if rollout:
             lengths = rollout.completion_mask.sum(1).double()  # [N]
             row["reward_mean"] = rewards.mean().item()
@@ -1089,25 +1130,26 @@ class Run:
             row["truncated_share"] = rollout.truncated.double().mean().item()
             row["tokens_per_second"] = lengths.sum().item() / seconds
             self.state["tokens"] += int(lengths.sum())
-            for text, reward in zip(rollout.texts, rewards[0].tolist(), strict=False):
-                line = {"step": step, "prompt": prompts[0], "completion": text, "reward": reward}
-                self.samples.write(json.dumps(line, ensure_ascii=False) + "\n")
-            accuracy = (self.state["after"] or self.state["before"])["accuracy"]
-            self.bar.set_postfix_str(
-                f"reward {row['reward_mean']:.2f}, valid {row['valid_share']:.2f}, alpha "
-                f"{row['alpha']:.2f}, accuracy {accuracy:.3f}, "
-                f"{row['tokens_per_second']:.0f} tokens/s",
-                refresh=False,
-            )
+            self.write_samples(step, prompts[0], rollout.texts, rewards[0].tolist())
             if rollout.truncated.all():
                 limit = self.args.max_new_tokens
                 self.warn(step, f"no completion ended within --max-new-tokens {limit}")
+        if step:
+            latest = row | (self.state["after"] or self.state["before"])
+            shown = [f"{word} {latest[name]:.{n}f}" for name, word, n in BAR if name in latest]
+            self.bar.set_postfix_str(", ".join(shown), refresh=False)
         cells = (f"{row[name]:.6g}" if name in row else "" for name in self.columns)
         self.metrics.write(",".join(cells) + "\n")
         self.metrics.flush()
         self.samples.flush()
         self.state["step"] = step
         self.state["seconds"] += seconds
+
+    def write_samples(self, step: int, prompt: str, texts: list[str], rewards: list) -> None:
+        """One line of samples.jsonl for each reward."""
+        for text, reward in zip(texts, rewards, strict=False):
+            line = {"step": step, "prompt": prompt, "completion": text, "reward": reward}
+            self.samples.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def save(self, model, tokenizer, optimizer) -> None:
         """checkpoint/, if one is due: a Hugging Face directory and the training state beside it.
@@ -1163,16 +1205,22 @@ class Run:
                 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         print(f"\n{args.model} on {args.task}, {state['step']} steps, seed {args.seed}")
         for when in ("before", "after"):
-            e = state[when]
-            print(
-                f"  {when:7} accuracy {e['accuracy']:.3f} +- {e['stderr']:.3f}   "
-                f"greedy {e['greedy']:.3f}   pass@{args.eval_samples} {e['pass_at_k']:.3f}"
-            )
+            print(f"  {when:7} {describe(state[when])}")
         print(
             f"  took    {state['seconds']:.0f} s, {state['tokens']} sampled tokens, "
             f"{memory / 2**30:.2f} GiB at the peak; {state['skipped']} steps skipped\n"
             f"  see     {self.dir}: curves.png, samples.jsonl, metrics.csv, checkpoint/"
         )
+
+
+def describe(evaluation: dict[str, float]) -> str:
+    """An evaluation as one line: every figure, with its standard error if there is one."""
+    figures = []
+    for name, value in evaluation.items():
+        if not name.endswith("_stderr"):
+            error = evaluation.get(f"{name}_stderr")
+            figures.append(f"{name} {value:.3f}" + ("" if error is None else f" +- {error:.3f}"))
+    return "   ".join(figures)
 
 
 def keep_steps(path: Path, last: int) -> None:
@@ -1193,22 +1241,30 @@ def write_whole(path: Path, text: str) -> None:
     path.with_name(path.name + ".new").replace(path)
 
 
+PANELS = [  # of curves.png: the first six of which there are values
+    "reward_mean", "eval_accuracy", "valid_share", "alpha", "entropy", "completion_length",
+    "eval_reward", "eval_kl", "eval_utility", "eval_length", "loss", "grad_norm",
+]  # fmt: skip
+
+
 def draw_curves(runs: list[Path], out: Path) -> None:
     """The metrics.csv of one or several runs as one figure. Raises UserError."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
-    panels = "reward_mean", "eval_accuracy", "valid_share", "alpha", "entropy", "completion_length"
-    figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
+    tables = []
     for run in runs:
         try:
             with (run / "metrics.csv").open(encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+                tables.append(list(csv.DictReader(file)))
         except OSError as error:
             raise UserError(f"{run}: there is no metrics.csv in it ({error.strerror})") from error
-        for axis, name in zip(axes.flat, panels, strict=True):
+    panels = [name for name in PANELS if any(row.get(name) for rows in tables for row in rows)][:6]
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
+    for rows in tables:
+        for axis, name in zip(axes.flat, panels, strict=False):
             points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-            marker = "." if name == "eval_accuracy" else None
+            marker = "." if name.startswith("eval") else None
             axis.plot([x for x, _ in points], [y for _, y in points], lw=1, marker=marker)
             axis.set_title(name.replace("_", " "), fontsize=9)
             axis.set_xlabel("step", fontsize=8)
