@@ -901,7 +901,7 @@ def at_least_0(kind):
 share = flag_type(float, lambda x: 0 <= x <= 1, "between 0 and 1")
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, eval_samples: int = 4) -> None:
     """The flags that are about the run and not about the algorithm."""
     add = parser.add_argument_group("run").add_argument
     add("--out", help="directory of the run (default: runs/<script>)")
@@ -910,7 +910,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--save-every", type=positive(int), help="steps from one checkpoint to the next")
     add("--eval-every", type=positive(int), help="steps from one evaluation to the next")
     add("--eval-problems", type=positive(int), default=200, help="held-out problems (default: 200)")
-    add("--eval-samples", type=positive(int), default=4, help="completions of each (default: 4)")
+    k = eval_samples
+    add("--eval-samples", type=positive(int), default=k, help=f"completions of each (default: {k})")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     add("--seed", type=at_least_0(int), default=0, help="of problems and sampling (default: 0)")
 
@@ -1032,9 +1033,9 @@ class Run:
         except Exception as error:  # torch.load has many ways to say it
             raise UserError(f"--resume: {path} is damaged ({error!r:.200})") from error
 
-    def model_name(self) -> str:
-        """Where the weights are: in the checkpoint, if there is one, else --model."""
-        return str(self.checkpoint) if self.loaded else self.args.model
+    def model_name(self, start: str) -> str:
+        """Where the weights are: in the checkpoint, if there is one, else where training starts."""
+        return str(self.checkpoint) if self.loaded else start
 
     def begin(self, optimizer, columns: list[str]) -> None:
         """Start the directory, or restore optimizer and random states. Files change from here."""
@@ -1055,7 +1056,7 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         config = {k: v for k, v in vars(self.args).items() if k not in ("resume", "overwrite")}
         write_whole(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
-        self.columns = COLUMNS + columns
+        self.columns = columns
         self.metrics = metrics.open("a", encoding="utf-8")
         self.samples = samples.open("a", encoding="utf-8")
         if metrics.stat().st_size == 0:
@@ -1109,9 +1110,10 @@ class Run:
         rollout: Rollout | None = None,
         rewards: Tensor | None = None,  # [groups, G], of the rows of the rollout
         evaluation: dict[str, float] | None = None,
+        samples: list[dict] = (),
         **row: float,
     ) -> None:
-        """The step's row of metrics.csv; its first group in samples.jsonl; the bar.
+        """The step's row of metrics.csv; its first group, and `samples`, in samples.jsonl; the bar.
 
         `row` holds the columns that only the script knows. The step counts as done from here on.
         """
@@ -1130,7 +1132,11 @@ class Run:
             row["truncated_share"] = rollout.truncated.double().mean().item()
             row["tokens_per_second"] = lengths.sum().item() / seconds
             self.state["tokens"] += int(lengths.sum())
-            self.write_samples(step, prompts[0], rollout.texts, rewards[0].tolist())
+            group = zip(rollout.texts, rewards[0].tolist(), strict=False)
+            samples = [
+                {"prompt": prompts[0], "completion": text, "reward": reward}
+                for text, reward in group
+            ] + list(samples)
             if rollout.truncated.all():
                 limit = self.args.max_new_tokens
                 self.warn(step, f"no completion ended within --max-new-tokens {limit}")
@@ -1140,16 +1146,13 @@ class Run:
             self.bar.set_postfix_str(", ".join(shown), refresh=False)
         cells = (f"{row[name]:.6g}" if name in row else "" for name in self.columns)
         self.metrics.write(",".join(cells) + "\n")
+        for sample in samples:
+            line = json.dumps({"step": step} | sample, ensure_ascii=False)
+            self.samples.write(line + "\n")
         self.metrics.flush()
         self.samples.flush()
         self.state["step"] = step
         self.state["seconds"] += seconds
-
-    def write_samples(self, step: int, prompt: str, texts: list[str], rewards: list) -> None:
-        """One line of samples.jsonl for each reward."""
-        for text, reward in zip(texts, rewards, strict=False):
-            line = {"step": step, "prompt": prompt, "completion": text, "reward": reward}
-            self.samples.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def save(self, model, tokenizer, optimizer) -> None:
         """checkpoint/, if one is due: a Hugging Face directory and the training state beside it.

@@ -143,14 +143,15 @@ def train(args: argparse.Namespace) -> common.Run:
     task = common.make_task(args.task, "train", args.data)
     test_task = common.make_task(args.task, "test", args.data)
     model, tokenizer = common.load_model(
-        run.model_name(), device, task, not args.no_chat_template, args.grad_checkpointing
+        run.model_name(args.model), device, task, not args.no_chat_template, args.grad_checkpointing
     )
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
     torch.manual_seed(args.seed)
     before = None if run.loaded else common.evaluate(model, tokenizer, test_task, args)
-    run.begin(optimizer, columns=["rounds"])  # whatever is wrong with the input has shown by now
+    columns = [*common.COLUMNS, "rounds"]
+    run.begin(optimizer, columns)  # whatever is wrong with the input has shown by now
     if before:
         run.log(0, evaluation=before)
         run.save(model, tokenizer, optimizer)

@@ -207,7 +207,7 @@ def train(args: argparse.Namespace) -> common.Run:
     task = common.make_task(args.task, "train", args.data)
     test_task = common.make_task(args.task, "test", args.data)
     model, tokenizer = common.load_model(
-        run.model_name(), device, task, not args.no_chat_template, args.grad_checkpointing
+        run.model_name(args.model), device, task, not args.no_chat_template, args.grad_checkpointing
     )
     ref_model = None
     if args.kl_beta > 0:  # the model before training, in a resumed run too
@@ -217,7 +217,8 @@ def train(args: argparse.Namespace) -> common.Run:
     )
     torch.manual_seed(args.seed)
     before = None if run.loaded else common.evaluate(model, tokenizer, test_task, args)
-    columns = ["rounds", "kl", "clip_share", "ratio_mean", "ratio_min", "ratio_max"]
+    columns = [*common.COLUMNS, "rounds", "kl", "clip_share"]
+    columns += ["ratio_mean", "ratio_min", "ratio_max"]
     run.begin(optimizer, columns)  # whatever is wrong with the input has shown by now
     if before:
         run.log(0, evaluation=before)
