@@ -147,19 +147,21 @@ def policy_loss(loss: str, logratios: Tensor, rewards: Tensor, beta: float) -> T
 
 WORDS = {
     "who": "sister brother boss roommate neighbour cousin teacher friend uncle aunt mother father "
-    "doctor barber landlord nephew niece grandmother dentist butcher pilot painter nurse tailor",
+    "doctor barber landlord nephew niece grandmother",
     "did": "lost broke sold ate read burned took washed hid copied painted returned borrowed "
-    "dropped kept buried opened wrapped stole repaired ruined mailed cleaned swapped",
+    "dropped kept buried opened wrapped",
     "thing": "phone bike diary keys essay shoes guitar lunch umbrella letter camera coat hat lamp "
-    "ticket wallet piano kite mirror ladder blanket novel basket clock",
+    "ticket wallet piano kite",
     "place": "beach park school library station garden office market zoo kitchen church stadium "
-    "museum harbour forest hotel theatre bakery castle valley tunnel bank airport cellar",
+    "museum harbour forest hotel theatre bakery",
     "cause": "bet dream storm party quarrel rumour fever joke promise mistake film wedding game "
-    "strike concert flood holiday dare contest riddle lawsuit toothache power-cut birthday",
+    "strike concert flood holiday dare",
     "ask": "forgive call thank visit ignore invite warn help trust tell follow forget pay avoid "
-    "praise question hug leave blame hire join congratulate confront comfort",
-    "food": "soup bread rice cake tea cheese fish pizza honey salad pasta jam",
+    "praise question hug leave",
+    "food": "soup bread rice cake tea cheese fish pizza honey salad pasta jam beans plums",
     "day": "monday tuesday wednesday thursday friday saturday sunday",
+    "mood": "tired hungry cheerful bored nervous proud lonely curious lazy grumpy calm silly",
+    "sky": "cloudy sunny windy foggy snowy rainy stormy icy warm mild",
 }
 WORDS = {kind: words.split() for kind, words in WORDS.items()}
 FACTS = [
@@ -171,9 +173,10 @@ POST = [
     "they say it was because of a {cause}",
 ]  # fmt: skip
 CHATTER = [
-    "sorry for my english", "thanks for reading", "the weather is nice", "i am new here",
-    "my {who} likes {food}", "my {who} cooks {food} on {day}", "i was in the {place} on {day}",
-    "on {day} we talked about a {cause}", "i like {food} too",
+    "sorry for my english", "thanks for reading", "i am new here", "this is a long story",
+    "please be kind", "i feel {mood} today", "it was {sky} on {day}", "my {who} likes {food}",
+    "my {who} cooks {food} on {day}", "i was in the {place} on {day}", "my {who} is {mood}",
+    "on {day} we talked about a {cause}", "i like {food} too", "we had {food} and {food}",
 ]  # fmt: skip
 
 

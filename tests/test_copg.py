@@ -634,5 +634,6 @@ def test_training_raises_the_reward(tmp_path, monkeypatch, model_dirs, where):
     monkeypatch.setattr(common, "make_task", lambda name, split="train", data=None: Letters())
     more = ["--model", model_dirs["qwen2"], "--task", "x", "--lr", 5e-3, "--beta", 0.02, *where]
     more += ["--pairs", 512, "--prompts", 32, "--completions", 4, "--steps", 40]
-    _, rows = train(tmp_path / "run", *more, "--eval-problems", 200, "--max-new-tokens", 3, "--eval-every", 40)
+    more += ["--eval-problems", 200, "--eval-every", 40, "--max-new-tokens", 3]
+    _, rows = train(tmp_path / "run", *more)
     assert rows[0]["eval_reward"] < 0.15 and rows[-1]["eval_reward"] > 2 * rows[0]["eval_reward"]

@@ -10,6 +10,7 @@ import pytest
 import bandit_toy
 import common
 import gpg
+import grpo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,7 +18,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize(
     "section, module, rows",
-    [("## The paper in the code", gpg, 7), ("## CoPG on a bandit", bandit_toy, 8)],
+    [
+        ("## The paper in the code", gpg, 7),
+        ("## GRPO, the baseline", grpo, 8),
+        ("## CoPG on a bandit", bandit_toy, 8),
+    ],
 )
 def test_the_equation_tables_quote_the_code(section, module, rows):
     code = Path(module.__file__).read_text(encoding="utf-8").splitlines()
@@ -31,19 +36,23 @@ def test_the_equation_tables_quote_the_code(section, module, rows):
 
 def test_every_column_is_explained():
     table = README.split("## What each metric means")[1].split("\n\n**")[0]
-    assert set(re.findall(r"`([a-z_]+)`", table)) >= {*common.COLUMNS, "rounds"}
+    others = {"rounds", "kl", "clip_share", "ratio_mean", "ratio_min", "ratio_max"}
+    assert set(re.findall(r"`([a-z_]+)`", table)) >= {*common.COLUMNS, *others}
 
 
 def test_every_flag_in_the_readme_exists():
-    commands = re.findall(r"python gpg\.py[^\n`]*", README)
-    mentioned = re.findall(r"`--[^`]*`", README)
-    flags = set(re.findall(r"--[a-z-]+", " ".join(commands + mentioned)))
-    help_text = subprocess.run(
-        [sys.executable, "gpg.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    assert len(flags) > 8
-    for flag in flags:
-        assert flag in help_text
+    def flags(text):
+        return set(re.findall(r"--[a-z][a-z-]+", text))
+
+    helps = {}
+    for script in ("gpg.py", "grpo.py", "bandit_toy.py", "tests/compare.py"):
+        command = [sys.executable, script, "--help"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        helps[script] = flags(result.stdout)
+        commands = re.findall(rf"python {script}[^\n`]*", README)
+        assert commands and flags(" ".join(commands)) <= helps[script]
+    mentioned = flags(" ".join(re.findall(r"`--[^`]*`", README)))
+    assert len(mentioned) > 8 and mentioned <= set.union(*helps.values())
 
 
 def test_the_task_of_the_readme_works_as_pasted(tmp_path, monkeypatch):
