@@ -217,13 +217,14 @@ class Posts(TextTask):
         rng = random.Random(f"{self.split} {index} writer {writer}")
         skill, clauses = rng.random(), []
         for fact, template in zip(self.problem(index)[1].split(" ; "), FACTS, strict=True):
-            if template is FACTS[0] or rng.random() < 0.4 + 0.5 * skill:
-                mistaken = rng.random() < 0.4 * (1 - skill)
+            if rng.random() < 0.3 + 0.65 * skill:
+                mistaken = rng.random() < 0.25 * (1 - skill)
                 clauses += [say(template, rng) if mistaken else fact]
-                clauses += clauses[-1:] if rng.random() < 0.2 * (1 - skill) else []
-        if rng.random() < 0.6 * (1 - skill):
-            clauses.insert(rng.randint(0, len(clauses)), say(rng.choice(CHATTER), rng))
-        return " ; ".join(clauses)
+                clauses += clauses[-1:] if rng.random() < 0.25 * (1 - skill) else []
+        for _ in range(2):
+            if rng.random() < 0.6 * (1 - skill):
+                clauses.insert(rng.randint(0, len(clauses)), say(rng.choice(CHATTER), rng))
+        return " ; ".join(clauses) or say(CHATTER[0], rng)
 
     def demonstration(self, index):
         return self.write(index, writer=0)
@@ -242,8 +243,8 @@ class Posts(TextTask):
 # The supervised model and the learned reward model of that world (section 6.1)
 # --------------------------------------------------------------------------------------------------
 
-SFT = {"steps": 240, "posts_per_step": 40, "lr": 2e-3}
-REWARD_MODEL = {"pairs": 6400, "epochs": 2, "pairs_per_step": 32, "lr": 5e-4}
+SFT = {"steps": 300, "posts_per_step": 40, "lr": 2e-3}
+REWARD_MODEL = {"pairs": 6400, "epochs": 2, "pairs_per_step": 32, "lr": 3e-4}
 PREFERENCES = 10**6  # the posts of the preference split, and of its test split, start here
 
 
