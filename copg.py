@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import math
 import random
@@ -70,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--make-data", metavar="OUT.jsonl", help="sample and score such a file, and stop")
 
     add = parser.add_argument_group("Contrastive Policy Gradient").add_argument
-    add("--loss", choices=BETA, default="copg", help="IPO and DPO see only which one is best")
+    add("--loss", choices=BETA, help="default: copg; IPO and DPO see only which one is best")
     add("--beta", type=positive(float), help="default: the paper's best: .06; ipo: .01; dpo: .1")
     add("--online", action="store_true", help="sample from the current policy, K a prompt: RLOO")
     add("--sweep", action="store_true", help="the three losses over the paper's betas")
@@ -90,11 +91,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     common.add_run_flags(parser, eval_samples=1)
     args = common.parse_flags(parser, argv, TINY, REAL)
+    if args.sweep and (args.loss or args.beta) and not args.resume:
+        raise UserError("--sweep goes through its own --loss and --beta: leave them out")
+    args.loss = args.loss or "copg"
     args.beta = args.beta or BETA[args.loss]
     if args.completions == 1:
         raise UserError("--completions 1: a completion needs another one to compare with")
-    if args.data and args.online:
-        raise UserError("--online samples its own completions: leave out --data")
+    if args.data and (args.online or args.make_data):
+        raise UserError("--online and --make-data sample their own completions: leave out --data")
     return args
 
 
@@ -401,6 +405,18 @@ class Data:
         prompts = [self.prompts[i] for i in index for _ in self.completions[i]]
         return prompts, [completion for i in index for completion in self.completions[i]]
 
+    def save(self, path: Path) -> None:
+        buffer = io.BytesIO()
+        torch.save(vars(self), buffer)
+        path.write_bytes(buffer.getvalue())  # a full disk is an OSError, one line
+
+    @staticmethod
+    def load(path: Path) -> Data:
+        try:
+            return Data(**torch.load(path, weights_only=True))
+        except Exception as error:  # torch.load has many ways to say it
+            raise UserError(f"{path} is damaged or gone ({error!r:.200})") from error
+
     def part(self, index) -> Data:
         """The records `index` alone, before they are scored by the reference."""
         return Data(
@@ -505,22 +521,19 @@ def reference_logprobs(ref_model, tokenizer, data: Data, args) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def setting(args):
+def setting(args, data: Data | None):
     """-> training task, test task, where the policy starts, where the reward model is (or None),
-    and the data, as far as it is there before the policy is. Raises UserError."""
-    if args.data:
-        data = read_data(args.data)
+    and the data to train on, as far as it is there before the policy is. Raises UserError."""
+    if data:
         if data.rewards is None and not args.reward_model:
             raise UserError(f"{args.data}: no rewards in it; --reward-model gives them")
-        held_out = range(0, len(data.prompts), 10)
-        rest = [i for i in range(len(data.prompts)) if i % 10] or held_out
-        test_task = Prompts(data.part(held_out).prompts)
+        test_task = Prompts(data.prompts[::10])
+        rest = [i for i in range(len(data.prompts)) if i % 10] or [0]
         return None, test_task, args.model, args.reward_model, data.part(rest)
     if args.task != "posts":
         task, test_task = common.make_task(args.task), common.make_task(args.task, "test")
         return task, test_task, args.model, args.reward_model, None
     task, start = Posts(), supervised_model() if args.model == "tiny" else args.model
-    data = None
     if not (args.online or args.make_data):
         preferences = [task.preference(PREFERENCES + i) for i in range(args.pairs)]
         data = Data([prompt for prompt, _ in preferences], [pair for _, pair in preferences])
@@ -528,11 +541,12 @@ def setting(args):
 
 
 def train(args: argparse.Namespace) -> common.Run:
-    task, test_task, start, reward_model, data = setting(args)
-    n = len(data.prompts) if data else args.pairs
+    file = read_data(args.data) if args.data else None
+    n = len(file.prompts) - len(file.prompts[::10]) or 1 if file else args.pairs  # records
     args.steps = args.steps or math.ceil(args.epochs * n / args.prompts)
     args.warmup = math.ceil(args.steps / 10) if args.warmup is None else args.warmup
     run = common.Run(args)
+    task, test_task, start, reward_model, data = setting(args, file)
     device = common.pick_device(args.device)
     template = not args.no_chat_template
     model, tokenizer = common.load_model(
@@ -546,9 +560,8 @@ def train(args: argparse.Namespace) -> common.Run:
 
     # The data, its rewards, and its log-probs under the reference: computed once, and kept.
     torch.manual_seed(args.seed)
-    kept = run.dir / "data.pt"
-    if run.loaded and kept.exists():
-        data = Data(**torch.load(kept, weights_only=True))
+    if run.loaded and not args.online:
+        data = Data.load(run.dir / "data.pt")
     elif not args.online:
         if data is None:
             data = sample_data(model, tokenizer, reward_model, task, args)
@@ -560,7 +573,7 @@ def train(args: argparse.Namespace) -> common.Run:
     before, samples = (None, []) if run.loaded else evaluate(*models, test_task, args)
     run.begin(optimizer, COLUMNS)  # whatever is wrong with the input has shown by now
     if data:
-        torch.save(vars(data), kept)
+        data.save(run.dir / "data.pt")
     if before:
         run.log(0, evaluation=before, samples=samples)
         run.save(model, tokenizer, optimizer)
@@ -690,10 +703,11 @@ def sweep(args: argparse.Namespace) -> None:
 
     def run(loss, beta, seed):  # the evaluations of a run, as rows of its metrics.csv
         directory = out / f"{loss}-{beta}-{seed}"
-        if not (directory / "curves.png").exists():
+        if not finished(directory):
             print(f"\n{loss}, beta {beta}, seed {seed}")
             flags = {"loss": loss, "beta": beta, "seed": seed, "out": str(directory)}
-            if train(argparse.Namespace(**vars(args) | flags | {"overwrite": True})).stopping:
+            flags |= {"overwrite": True, "sweep": False}
+            if train(argparse.Namespace(**vars(args) | flags)).stopping:
                 raise KeyboardInterrupt
         with (directory / "metrics.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["eval_reward"]]
@@ -721,6 +735,16 @@ def sweep(args: argparse.Namespace) -> None:
         means = [sum(run[name][-1] for run in runs) / len(runs) for name in names]
         print(f"{loss:5} {beta:6}   {len(runs)}   " + "   ".join(f"{x:.3f}" for x in means))
     print(f"see {out}: sweep.csv, sweep.png")
+
+
+def finished(directory: Path) -> bool:
+    """Has the run in this directory come to its last step?"""
+    try:
+        steps = json.loads((directory / "config.json").read_text())["steps"]
+        last = (directory / "metrics.csv").read_text().splitlines()[-1]
+        return last.startswith(f"{steps},")
+    except (OSError, ValueError):
+        return False
 
 
 def draw_sweep(curves: dict, best: dict, first_seed: int, out: Path) -> None:
@@ -759,9 +783,7 @@ def make_data(args: argparse.Namespace) -> None:
     """--make-data: a JSONL file that --data reads. Raises UserError."""
     if Path(args.make_data).exists() and not args.overwrite:
         raise UserError(f"--make-data {args.make_data}: there is such a file; or add --overwrite")
-    task, _, start, reward_model, data = setting(args)
-    if data:
-        raise UserError("--make-data samples its own completions: leave out --data")
+    task, _, start, reward_model, _ = setting(args, None)
     device = common.pick_device(args.device)
     model, tokenizer = common.load_model(start, device, task, not args.no_chat_template)
     reward_model = reward_model and load_reward_model(reward_model, device)

@@ -247,7 +247,7 @@ def test_every_word_of_the_world_is_one_token():
         ids = tokenizer(text).input_ids
         assert len(ids) == len(text.split()) and tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == text
-    assert 200 < len(tokenizer) < 400
+    assert 150 < len(tokenizer) < 400
 
 
 # ---- the small models: made with two steps each, which is enough to see how they are used ----
@@ -304,7 +304,7 @@ def test_the_default_goes_through(quick, tmp_path, capsys):
 def test_the_first_loss_is_that_of_the_rewards(quick, tmp_path):
     """Before the first step h = 0: the loss is the mean of dR^2 / (2 beta), 1/4, or ln 2."""
     run, rows = train(tmp_path / "a", "--beta", 0.5, "--prompts", 24)
-    data = copg.Data(**torch.load(run.dir / "data.pt"))
+    data = copg.Data.load(run.dir / "data.pt")
     assert data.rewards.shape == data.ref_logprobs.shape == (24, 2)
     dR = data.rewards[:, 0] - data.rewards[:, 1]
     assert rows[1]["loss"] == pytest.approx((dR**2).mean().item(), rel=1e-4)
@@ -440,7 +440,7 @@ def test_scored_completions_from_a_file(tmp_path, model_dirs, K):
     path = write(tmp_path / "data.jsonl", *scored(30, K))
     more = ["--model", model_dirs["qwen2"], "--data", path, "--epochs", 6, "--lr", 5e-3]
     run, rows = train(tmp_path / "run", *more)
-    data = copg.Data(**torch.load(run.dir / "data.pt"))
+    data = copg.Data.load(run.dir / "data.pt")
     held_out = {f"{i}+{i}=" for i in range(0, 30, 10)}
     assert len(data.prompts) == 27 and not held_out & set(data.prompts)
     assert data.rewards.tolist() == [[float(k) for k in range(K)]] * 27
@@ -462,7 +462,7 @@ def test_a_reward_model_scores_the_file_anew(tmp_path, model_dirs, classifier):
     path = write(tmp_path / "data.jsonl", *scored(12))
     more = ["--model", model_dirs["qwen2"], "--data", path, "--reward-model", classifier]
     run, rows = train(tmp_path / "run", *more)
-    data = copg.Data(**torch.load(run.dir / "data.pt"))
+    data = copg.Data.load(run.dir / "data.pt")
     expected = copg.frozen_scores(
         *copg.load_reward_model(str(classifier), "cpu"), *data.rows(range(len(data.prompts)))
     )
@@ -522,6 +522,9 @@ def test_too_long_a_completion_is_named(tmp_path, model_dirs):
     [
         (["--completions", "1"], "another one to compare"),
         (["--online", "--data", "x.jsonl"], "leave out --data"),
+        (["--make-data", "y.jsonl", "--data", "x.jsonl"], "leave out --data"),
+        (["--sweep", "--beta", "0.1"], "leave them out"),
+        (["--sweep", "--loss", "copg"], "leave them out"),
         (["--loss", "ppo"], "invalid choice"),
         (["--beta", "0"], "above 0"),
         (["--task", "nothing"], "--task nothing"),
@@ -542,7 +545,7 @@ def test_bad_flags(quick, tmp_path, monkeypatch, argv, message):
 def test_any_task_offline(quick, tmp_path):
     """--task add: the reference writes the completions, the environment judges them."""
     run, rows = train(tmp_path / "run", "--task", "add", "--completions", 3)
-    data = copg.Data(**torch.load(run.dir / "data.pt"))
+    data = copg.Data.load(run.dir / "data.pt")
     assert len(data.prompts) == 24 and data.rewards.shape == (24, 3)
     task = common.make_task("add")
     for i in range(24):
@@ -619,6 +622,21 @@ def test_sweep(quick, tmp_path, monkeypatch, capsys):
     assert [line.split()[:3] for line in table[2:4]] == [["ipo", "0.1", "2"], ["dpo", "0.3", "2"]]
     copg.sweep(args)
     assert "seed 0" not in capsys.readouterr().out  # finished runs are not run again
+    metrics = tmp_path / "sweep" / "ipo-0.1-0" / "metrics.csv"
+    metrics.write_text("\n".join(metrics.read_text().splitlines()[:-1]) + "\n")
+    copg.sweep(args)
+    assert "ipo, beta 0.1, seed 0" in capsys.readouterr().out  # an unfinished one is
+    run = copg.parse_args(["--resume", str(tmp_path / "sweep" / "ipo-0.1-0"), "--steps", "9"])
+    assert not run.sweep and run.loss == "ipo"
+
+
+def test_a_used_directory_and_a_damaged_one(quick, tmp_path):
+    train(tmp_path / "run", "--steps", 1)
+    with pytest.raises(UserError, match="holds a run already"):
+        train(tmp_path / "run")
+    (tmp_path / "run" / "data.pt").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="is damaged or gone"):
+        copg.train(copg.parse_args(["--resume", str(tmp_path / "run"), "--steps", "2"]))
 
 
 class Letters(ManyAs):
