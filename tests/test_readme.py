@@ -9,6 +9,7 @@ import pytest
 
 import bandit_toy
 import common
+import copg
 import gpg
 import grpo
 
@@ -22,6 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
         ("## The paper in the code", gpg, 7),
         ("## GRPO, the baseline", grpo, 8),
         ("## CoPG on a bandit", bandit_toy, 8),
+        ("### The paper in `copg.py`", copg, 6),
     ],
 )
 def test_the_equation_tables_quote_the_code(section, module, rows):
@@ -45,7 +47,7 @@ def test_every_flag_in_the_readme_exists():
         return set(re.findall(r"--[a-z][a-z-]+", text))
 
     helps = {}
-    for script in ("gpg.py", "grpo.py", "bandit_toy.py", "tests/compare.py"):
+    for script in ("gpg.py", "grpo.py", "copg.py", "bandit_toy.py", "tests/compare.py"):
         command = [sys.executable, script, "--help"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         helps[script] = flags(result.stdout)
