@@ -53,7 +53,9 @@ REAL = {
     "lr": 1e-6, "prompts": 128, "max_new_tokens": 128, "micro_batch_tokens": 8192,
     "eval_every": 50, "save_every": 50,
 }  # fmt: skip
-BETA = {"copg": 0.06, "ipo": 0.01, "dpo": 0.1}  # the paper's best (section 6.2)
+# The best of the paper (section 6.2), and the best of `--sweep` for the tiny model.
+BETA = {"copg": 0.06, "ipo": 0.01, "dpo": 0.1}
+TINY_BETA = {"copg": 0.3, "ipo": 0.06, "dpo": 1.0}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,7 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("Contrastive Policy Gradient").add_argument
     add("--loss", choices=BETA, help="default: copg; IPO and DPO see only which one is best")
-    add("--beta", type=positive(float), help="default: the paper's best: .06; ipo: .01; dpo: .1")
+    add("--beta", type=positive(float), help="default: .06, .01 (ipo), .1 (dpo), as the paper; "
+        "tiny: .3, .06, 1")  # fmt: skip
     add("--online", action="store_true", help="sample from the current policy, K a prompt: RLOO")
     add("--sweep", action="store_true", help="the three losses over the paper's betas")
 
@@ -94,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.sweep and (args.loss or args.beta) and not args.resume:
         raise UserError("--sweep goes through its own --loss and --beta: leave them out")
     args.loss = args.loss or "copg"
-    args.beta = args.beta or BETA[args.loss]
+    args.beta = args.beta or (TINY_BETA if args.model == "tiny" else BETA)[args.loss]
     if args.completions == 1:
         raise UserError("--completions 1: a completion needs another one to compare with")
     if args.data and (args.online or args.make_data):

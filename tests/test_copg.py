@@ -556,6 +556,17 @@ def test_bad_flags(quick, tmp_path, monkeypatch, argv, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_default_betas():
+    """The paper's for real models, what the sweep found for the tiny one."""
+
+    def beta(*argv):
+        return copg.parse_args(list(argv)).beta
+
+    assert [beta("--model", "x", "--loss", loss) for loss in copg.BETA] == [0.06, 0.01, 0.1]
+    assert beta() == beta("--loss", "copg") == 0.3 and beta("--loss", "ipo") == 0.06
+    assert beta("--loss", "dpo") == 1.0 and beta("--loss", "dpo", "--beta", "0.5") == 0.5
+
+
 def test_any_task_offline(quick, tmp_path):
     """--task add: the reference writes the completions, the environment judges them."""
     run, rows = train(tmp_path / "run", "--task", "add", "--completions", 3)
