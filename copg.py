@@ -318,7 +318,7 @@ def learned_reward_model() -> str:
         tokenizer.save_pretrained(directory)
         (directory / "accuracy.json").write_text(json.dumps(accuracy))
 
-    path = common.cached_model([start, SFT, REWARD_MODEL, world()], make)
+    path = common.cached_model([Path(start).name, REWARD_MODEL, world()], make)
     accuracy = json.loads((Path(path) / "accuracy.json").read_text())
     print(
         f"reward model: agrees with {accuracy['train']:.3f} of the preferences that it was fitted "
@@ -773,7 +773,7 @@ def draw_sweep(curves: dict, best: dict, first_seed: int, out: Path) -> None:
         for axis, name in ((axes[1, 0], "eval_reward"), (axes[1, 1], "eval_utility")):
             axis.plot(kls, [end[name] for end in ends.values()], **style)
     axes[0, 0].set(xscale="log", xlabel="beta", ylabel="reward at the end")
-    axes[0, 1].set(xlabel="step", ylabel="reward, mean and standard error over seeds")
+    axes[0, 1].set(xlabel="step", ylabel=f"reward, {SEEDS} seeds with standard errors")
     axes[1, 0].set(xscale="symlog", xlabel="KL(pi || pi_ref) at the end", ylabel="reward")
     axes[1, 1].set(xscale="symlog", xlabel="KL(pi || pi_ref) at the end", ylabel="hidden utility")
     for axis in axes.flat:
