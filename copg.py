@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model, reward and data").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
     add("--reward-model", help="sequence classifier with one label; without it the task's reward")
-    add("--task", default="posts", help="posts, add, gsm8k, file.jsonl, module:Name-v0")
+    add("--task", help="posts (default without --data), add, gsm8k, file.jsonl, module:Name-v0")
     add("--data", help="file.jsonl with scored completions or preferences")
     add("--no-chat-template", action="store_true", help="give the model the bare prompt")
     add("--pairs", type=positive(int), default=6400, help="prompts to make data for (6400)")
@@ -96,6 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = common.parse_flags(parser, argv, TINY, REAL)
     if args.sweep and (args.loss or args.beta) and not args.resume:
         raise UserError("--sweep goes through its own --loss and --beta: leave them out")
+    args.task = args.task or (None if args.data else "posts")
     args.loss = args.loss or "copg"
     args.beta = args.beta or (TINY_BETA if args.model == "tiny" else BETA)[args.loss]
     if args.completions == 1:
@@ -527,20 +528,22 @@ def reference_logprobs(ref_model, tokenizer, data: Data, args) -> Tensor:
 def setting(args, data: Data | None):
     """-> training task, test task, where the policy starts, where the reward model is (or None),
     and the data to train on, as far as it is there before the policy is. Raises UserError."""
-    if data:
-        if data.rewards is None and not args.reward_model:
-            raise UserError(f"{args.data}: no rewards in it; --reward-model gives them")
-        test_task = Prompts(data.prompts[::10])
-        rest = [i for i in range(len(data.prompts)) if i % 10] or [0]
-        return None, test_task, args.model, args.reward_model, data.part(rest)
-    if args.task != "posts":
+    task, test_task, start, reward_model = None, None, args.model, args.reward_model
+    if args.task == "posts":
+        task, test_task = Posts(), Posts("test")
+        start = supervised_model() if args.model == "tiny" else args.model
+        reward_model = args.reward_model or learned_reward_model()
+    elif args.task:
         task, test_task = common.make_task(args.task), common.make_task(args.task, "test")
-        return task, test_task, args.model, args.reward_model, None
-    task, start = Posts(), supervised_model() if args.model == "tiny" else args.model
-    if not (args.online or args.make_data):
+    if data:
+        if data.rewards is None and not reward_model:
+            raise UserError(f"{args.data}: no rewards in it; --reward-model gives them")
+        test_task = test_task or Prompts(data.prompts[::10])
+        data = data.part([i for i in range(len(data.prompts)) if i % 10] or [0])
+    elif args.task == "posts" and not (args.online or args.make_data):
         preferences = [task.preference(PREFERENCES + i) for i in range(args.pairs)]
         data = Data([prompt for prompt, _ in preferences], [pair for _, pair in preferences])
-    return task, Posts("test"), start, args.reward_model or learned_reward_model(), data
+    return task, test_task, start, reward_model, data
 
 
 def train(args: argparse.Namespace) -> common.Run:
@@ -664,9 +667,9 @@ def evaluate(model, ref_model, tokenizer, reward_model, task, args):
             ref = common.frozen_logprobs(ref_model, rollout, args.micro_batch_tokens)  # [p * k, T]
             new = {"kl": (rollout.logprobs - ref).sum(1)}  # E_pi[ln pi - ln pi_ref]
             new["length"] = rollout.completion_mask.sum(1)
-            if reward_model or not args.data:
+            if reward_model or not isinstance(task, Prompts):
                 new["reward"] = judge(reward_model, task, problems, rollout.texts)
-            if reward_model and not args.data:
+            if reward_model and not isinstance(task, Prompts):
                 new["utility"] = common.get_rewards(task, problems, rollout.texts)[0]
             for name, values in new.items():  # completions of a prompt go together: [p]
                 figures[name].append(values.double().cpu().view(len(problems), -1).mean(1))

@@ -589,7 +589,8 @@ def test_make_data_and_train_on_it(quick, tmp_path, model_dirs, capsys):
     data = copg.read_data(path)
     assert 12 < len(data.prompts) <= 24 and data.rewards.shape[1] == 3
     assert all(text.strip() for texts in data.completions for text in texts)
-    run, _ = train(tmp_path / "run", "--model", model, "--data", path)
+    run, rows = train(tmp_path / "run", "--model", model, "--data", path, "--task", "add")
+    assert "eval_reward" in rows[-1]  # the task judges what the policy samples
     held_out = math.ceil(len(data.prompts) / 10)
     assert run.state["step"] == math.ceil((len(data.prompts) - held_out) / 8)
 

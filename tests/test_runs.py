@@ -110,7 +110,7 @@ def test_checkpoint_is_a_hugging_face_directory(uninterrupted):
 
 def test_killed_ten_times(forks, model_dirs, tmp_path):
     """SIGKILL at ten arbitrary moments, inside a save too: resumed, the metrics are the same."""
-    longer = ["--steps", 60, "--eval-every", 20]
+    longer = ["--steps", 150, "--eval-every", 50]  # so many that a busy machine kills in time too
     whole, out, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
     process = start(forks, flags(model_dirs["qwen2"], whole, *longer))
     process.join(120)
@@ -129,11 +129,11 @@ def test_killed_ten_times(forks, model_dirs, tmp_path):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    assert 10 < step_of(out / "checkpoint") < 60
+    assert 10 < step_of(out / "checkpoint") < 150
     process = start(forks, argv)
     process.join(120)
     assert process.exitcode == 0
-    assert rows(out) == rows(whole) and len(rows(out)) == 61
+    assert rows(out) == rows(whole) and len(rows(out)) == 151
     assert (out / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     assert not (out / "checkpoint.old").exists()
 
@@ -208,18 +208,18 @@ def test_more_steps(uninterrupted, model_dirs, tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(forks, model_dirs, tmp_path, signum):
     out = tmp_path / "run"
-    process = start(forks, flags(model_dirs["qwen2"], out, "--steps", 60, "--eval-every", 20))
+    process = start(forks, flags(model_dirs["qwen2"], out, "--steps", 500, "--eval-every", 100))
     wait_for(process, lambda: step_of(out / "checkpoint") >= 2)
     os.kill(process.pid, signum)
     process.join(60)
     assert process.exitcode == 0
     done = len(rows(out))
-    assert 3 <= done < 61 and (out / "curves.png").exists()
+    assert 3 <= done < 501 and (out / "curves.png").exists()
     state = torch.load(out / "checkpoint" / "training_state.pt", weights_only=True)["state"]
     assert state["step"] == done - 1
-    process = start(forks, ["--resume", str(out)])
+    process = start(forks, ["--resume", str(out), "--steps", str(done + 2)])
     process.join(60)
-    assert len(rows(out)) == 61
+    assert len(rows(out)) == done + 3
 
 
 def test_a_second_signal_stops_at_once(model_dirs, tmp_path, monkeypatch, capsys):
