@@ -1206,7 +1206,8 @@ class Run:
 
                 unit = 1 if sys.platform == "darwin" else 1024
                 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        print(f"\n{args.model} on {args.task or args.data}, {state['step']} steps, seed {args.seed}")
+        task = args.task or args.data
+        print(f"\n{args.model} on {task}, {state['step']} steps, seed {args.seed}")
         for when in ("before", "after"):
             print(f"  {when:7} {describe(state[when])}")
         print(
