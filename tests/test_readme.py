@@ -47,7 +47,8 @@ def test_every_flag_in_the_readme_exists():
         return set(re.findall(r"--[a-z][a-z-]+", text))
 
     helps = {}
-    for script in ("gpg.py", "grpo.py", "copg.py", "bandit_toy.py", "tests/compare.py"):
+    scripts = ["gpg.py", "grpo.py", "copg.py", "bandit_toy.py"]
+    for script in [*scripts, "tests/compare.py", "tests/benchmark.py"]:
         command = [sys.executable, script, "--help"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         helps[script] = flags(result.stdout)
