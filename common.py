@@ -965,18 +965,22 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
+def held_out(task: gymnasium.Env, count: int) -> list[list[int]]:
+    """The numbers of `count` problems of a test task, or of all it has, in batches of 64."""
+    end = HELD_OUT + min(count, getattr(task.unwrapped, "size", None) or count)
+    return [list(range(i, min(i + 64, end))) for i in range(HELD_OUT, end, 64)]
+
+
 def evaluate(model, tokenizer, task: gymnasium.Env, args) -> dict[str, float]:
     """Held-out problems -> accuracy (pass@1 of sampling) and its standard error, pass@k, greedy.
 
     The same problems and the same random numbers every time, none of them training's.
     """
-    n = min(args.eval_problems, getattr(task.unwrapped, "size", None) or args.eval_problems)
     k = args.eval_samples
 
     def solved(samples: int, temperature: float) -> Tensor:  # [n, samples]
         parts = []
-        for i in range(HELD_OUT, HELD_OUT + n, 64):
-            problems = list(range(i, min(i + 64, HELD_OUT + n)))
+        for problems in held_out(task, args.eval_problems):
             prompts = get_prompts(task, problems)
             rollout = sample(model, tokenizer, prompts, samples, args.max_new_tokens, temperature)
             parts.append(get_rewards(task, problems, rollout.texts)[1])
@@ -986,6 +990,7 @@ def evaluate(model, tokenizer, task: gymnasium.Env, args) -> dict[str, float]:
         torch.manual_seed(0)
         sampled, greedy = solved(k, args.temperature), solved(1, 0.0)
     shares = sampled.mean(1)  # [n]; completions of one problem go together, so the error is over n
+    n = len(shares)
     return {
         "accuracy": shares.mean().item(),
         "accuracy_stderr": (shares.std() / math.sqrt(n)).item() if n > 1 else math.nan,
@@ -1237,6 +1242,16 @@ def keep_steps(path: Path, last: int) -> None:
         if not number or int(number[1]) <= last:
             kept.append(line + "\n")
     write_whole(path, "".join(kept))
+
+
+def finished(directory: Path) -> bool:
+    """Has the run in this directory come to its last step?"""
+    try:
+        steps = json.loads((directory / "config.json").read_text())["steps"]
+        last = (directory / "metrics.csv").read_text().splitlines()[-1]
+        return last.startswith(f"{steps},")
+    except (OSError, ValueError):
+        return False
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -38,7 +38,7 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 import common
-from common import HELD_OUT, TextTask, UserError, at_least_0, positive
+from common import TextTask, UserError, at_least_0, positive
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
@@ -319,7 +319,7 @@ def learned_reward_model() -> str:
         tokenizer.save_pretrained(directory)
         (directory / "accuracy.json").write_text(json.dumps(accuracy))
 
-    path = common.cached_model([Path(start).name, REWARD_MODEL, world()], make)
+    path = common.cached_model([Path(start).name, REWARD_MODEL], make)
     accuracy = json.loads((Path(path) / "accuracy.json").read_text())
     print(
         f"reward model: agrees with {accuracy['train']:.3f} of the preferences that it was fitted "
@@ -421,14 +421,16 @@ class Data:
         except Exception as error:  # torch.load has many ways to say it
             raise UserError(f"{path} is damaged or gone ({error!r:.200})") from error
 
-    def part(self, index) -> Data:
-        """The records `index` alone, before they are scored by the reference."""
-        return Data(
+    def split(self) -> tuple[Data, list[str]]:
+        """-> what to train on, and every tenth prompt, held out. (A single record serves both.)"""
+        index = [i for i in range(len(self.prompts)) if i % 10] or [0]
+        rest = Data(
             [self.prompts[i] for i in index],
             [self.completions[i] for i in index],
-            None if self.rewards is None else self.rewards[list(index)],
+            None if self.rewards is None else self.rewards[index],
             where=[self.where[i] for i in index],
         )
+        return rest, self.prompts[::10]
 
 
 def read_data(path: str) -> Data:
@@ -477,6 +479,12 @@ class Prompts(TextTask):
         return self.prompts[index % self.size], ""
 
 
+def written_data(task: Posts, pairs: int) -> Data:
+    """The two summaries of every preference, not yet scored."""
+    preferences = [task.preference(PREFERENCES + i) for i in range(pairs)]
+    return Data([prompt for prompt, _ in preferences], [texts for _, texts in preferences])
+
+
 def sample_data(model, tokenizer, reward_model, task, args) -> Data:
     """K scored completions of each of --pairs training prompts, from the model as it is."""
     torch.manual_seed(args.seed)
@@ -487,18 +495,31 @@ def sample_data(model, tokenizer, reward_model, task, args) -> Data:
         texts = common.sample(model, tokenizer, prompts, K, args.max_new_tokens).texts
         data.prompts += prompts
         data.completions += [texts[j : j + K] for j in range(0, len(texts), K)]
-        rewards.append(judge(reward_model, task, problems, texts))
+        rewards.append(judge(reward_model, task, problems, prompts, texts))
     data.rewards = torch.cat(rewards)
     return data
 
 
-def judge(reward_model, task, problems: list[int], completions: list[str]) -> Tensor:
+def judge(reward_model, task, problems: list[int], prompts: list[str], completions) -> Tensor:
     """[P, K] rewards of P * K completions: of the reward model, or of the task if there is none."""
     if not reward_model:
         return common.get_rewards(task, problems, completions)[0]
-    K = len(completions) // len(problems)
-    prompts = [prompt for prompt in common.get_prompts(task, problems) for _ in range(K)]
+    K = len(completions) // len(prompts)
+    prompts = [prompt for prompt in prompts for _ in range(K)]
     return frozen_scores(*reward_model, prompts, completions).view(-1, K)
+
+
+def encode_records(model, tokenizer, data: Data, index) -> common.Rollout:
+    """The completions of some records. Raises UserError with the record that is too long."""
+    try:
+        return common.encode(model, tokenizer, *data.rows(index))
+    except UserError as error:
+        if len(index) == 1:
+            where = data.where[index[0]] if data.where else f"record {index[0]}"
+            raise UserError(f"{where}: {error}") from error
+        for i in index:
+            encode_records(model, tokenizer, data, [i])
+        raise
 
 
 def reference_logprobs(ref_model, tokenizer, data: Data, args) -> Tensor:
@@ -506,15 +527,7 @@ def reference_logprobs(ref_model, tokenizer, data: Data, args) -> Tensor:
     parts, everything = [], range(len(data.prompts))
     for i in tqdm(everything[::64], desc="log-probs of the reference"):
         index = everything[i : i + 64]
-        try:
-            rollout = common.encode(ref_model, tokenizer, *data.rows(index))
-        except UserError:
-            for j in index:
-                try:
-                    common.encode(ref_model, tokenizer, *data.rows([j]))
-                except UserError as error:
-                    raise UserError(f"{data.where[j]}: {error}") from error
-            raise
+        rollout = encode_records(ref_model, tokenizer, data, index)
         logprobs = common.frozen_logprobs(ref_model, rollout, args.micro_batch_tokens)  # [N, T]
         parts.append(logprobs.sum(1).view(len(index), -1).cpu())  # [64, K]
     return torch.cat(parts)
@@ -525,34 +538,28 @@ def reference_logprobs(ref_model, tokenizer, data: Data, args) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def setting(args, data: Data | None):
-    """-> training task, test task, where the policy starts, where the reward model is (or None),
-    and the data to train on, as far as it is there before the policy is. Raises UserError."""
-    task, test_task, start, reward_model = None, None, args.model, args.reward_model
+def setting(args):
+    """-> training task, test task (None, None for a file alone), where the policy starts, and where
+    the reward model is, if any. Raises UserError."""
     if args.task == "posts":
-        task, test_task = Posts(), Posts("test")
         start = supervised_model() if args.model == "tiny" else args.model
-        reward_model = args.reward_model or learned_reward_model()
-    elif args.task:
-        task, test_task = common.make_task(args.task), common.make_task(args.task, "test")
-    if data:
-        if data.rewards is None and not reward_model:
-            raise UserError(f"{args.data}: no rewards in it; --reward-model gives them")
-        test_task = test_task or Prompts(data.prompts[::10])
-        data = data.part([i for i in range(len(data.prompts)) if i % 10] or [0])
-    elif args.task == "posts" and not (args.online or args.make_data):
-        preferences = [task.preference(PREFERENCES + i) for i in range(args.pairs)]
-        data = Data([prompt for prompt, _ in preferences], [pair for _, pair in preferences])
-    return task, test_task, start, reward_model, data
+        return Posts(), Posts("test"), start, args.reward_model or learned_reward_model()
+    tasks = None, None
+    if args.task:
+        tasks = common.make_task(args.task), common.make_task(args.task, "test")
+    return *tasks, args.model, args.reward_model
 
 
 def train(args: argparse.Namespace) -> common.Run:
-    file = read_data(args.data) if args.data else None
-    n = len(file.prompts) - len(file.prompts[::10]) or 1 if file else args.pairs  # records
+    data, held_out = read_data(args.data).split() if args.data else (None, [])
+    n = len(data.prompts) if data else args.pairs
     args.steps = args.steps or math.ceil(args.epochs * n / args.prompts)
     args.warmup = math.ceil(args.steps / 10) if args.warmup is None else args.warmup
     run = common.Run(args)
-    task, test_task, start, reward_model, data = setting(args, file)
+    task, test_task, start, reward_model = setting(args)
+    test_task = test_task or Prompts(held_out)
+    if data and data.rewards is None and not reward_model:
+        raise UserError(f"{args.data}: no rewards in it; --reward-model gives them")
     device = common.pick_device(args.device)
     template = not args.no_chat_template
     model, tokenizer = common.load_model(
@@ -569,6 +576,8 @@ def train(args: argparse.Namespace) -> common.Run:
     if run.loaded and not args.online:
         data = Data.load(run.dir / "data.pt")
     elif not args.online:
+        if data is None and args.task == "posts":
+            data = written_data(task, n)
         if data is None:
             data = sample_data(model, tokenizer, reward_model, task, args)
         elif reward_model:
@@ -591,7 +600,7 @@ def train(args: argparse.Namespace) -> common.Run:
             problems = run.next_problems(P)
             prompts = common.get_prompts(task, problems)
             rollout = common.sample(model, tokenizer, prompts, K, args.max_new_tokens)
-            rewards = judge(reward_model, task, problems, rollout.texts)  # [P, K]
+            rewards = judge(reward_model, task, problems, prompts, rollout.texts)  # [P, K]
             ref_logprobs = common.frozen_logprobs(ref_model, rollout, args.micro_batch_tokens)
             ref_logprobs = ref_logprobs.sum(1).view(P, K)
         else:
@@ -655,11 +664,9 @@ def evaluate(model, ref_model, tokenizer, reward_model, task, args):
     The same prompts and random numbers every time.
     """
     figures, samples = {"reward": [], "utility": [], "kl": [], "length": []}, []
-    n = min(args.eval_problems, getattr(task.unwrapped, "size", None) or args.eval_problems)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
-        for i in range(HELD_OUT, HELD_OUT + n, 64):
-            problems = list(range(i, min(i + 64, HELD_OUT + n)))  # p of them
+        for problems in common.held_out(task, args.eval_problems):  # p of them
             prompts = common.get_prompts(task, problems)
             rollout = common.sample(
                 model, tokenizer, prompts, args.eval_samples, args.max_new_tokens
@@ -668,7 +675,7 @@ def evaluate(model, ref_model, tokenizer, reward_model, task, args):
             new = {"kl": (rollout.logprobs - ref).sum(1)}  # E_pi[ln pi - ln pi_ref]
             new["length"] = rollout.completion_mask.sum(1)
             if reward_model or not isinstance(task, Prompts):
-                new["reward"] = judge(reward_model, task, problems, rollout.texts)
+                new["reward"] = judge(reward_model, task, problems, prompts, rollout.texts)
             if reward_model and not isinstance(task, Prompts):
                 new["utility"] = common.get_rewards(task, problems, rollout.texts)[0]
             for name, values in new.items():  # completions of a prompt go together: [p]
@@ -684,8 +691,8 @@ def evaluate(model, ref_model, tokenizer, reward_model, task, args):
         if values:
             values = torch.cat(values)  # [n]
             evaluation[name] = values.mean().item()
-            if n > 1:
-                evaluation[f"{name}_stderr"] = (values.std() / math.sqrt(n)).item()
+            if len(values) > 1:
+                evaluation[f"{name}_stderr"] = (values.std() / math.sqrt(len(values))).item()
     return evaluation, samples
 
 
@@ -705,11 +712,11 @@ def sweep(args: argparse.Namespace) -> None:
     """Every loss with every beta, then the best of each with more seeds: sweep.csv, sweep.png.
 
     The runs are in --out/<loss>-<beta>-<seed>; those that are finished are not run again."""
-    out, curves = Path(args.out), {}
+    out, curves = Path(args.out), {}  # (loss, beta): [{column: values} of each seed]
 
-    def run(loss, beta, seed):  # the evaluations of a run, as rows of its metrics.csv
+    def run(loss, beta, seed):  # -> the reward at the end
         directory = out / f"{loss}-{beta}-{seed}"
-        if not finished(directory):
+        if not common.finished(directory):
             print(f"\n{loss}, beta {beta}, seed {seed}")
             flags = {"loss": loss, "beta": beta, "seed": seed, "out": str(directory)}
             flags |= {"overwrite": True, "sweep": False}
@@ -718,10 +725,9 @@ def sweep(args: argparse.Namespace) -> None:
         with (directory / "metrics.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["eval_reward"]]
         columns = ["step", *(name for name in COLUMNS if name.startswith("eval_"))]
-        curves[loss, beta, seed] = {
-            name: [float(row[name] or "nan") for row in rows] for name in columns
-        }
-        return curves[loss, beta, seed]["eval_reward"][-1]
+        curve = {name: [float(row[name] or "nan") for row in rows] for name in columns}
+        curves.setdefault((loss, beta), []).append(curve)
+        return curve["eval_reward"][-1]
 
     best = {}
     for loss, betas in GRID.items():
@@ -730,51 +736,38 @@ def sweep(args: argparse.Namespace) -> None:
             run(loss, best[loss], seed)
     with (out / "sweep.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["loss", "beta", "seed", *next(iter(curves.values()))])
-        for key, curve in curves.items():
-            writer.writerows([*key, *row] for row in zip(*curve.values(), strict=True))
-    draw_sweep(curves, best, args.seed, out / "sweep.png")
+        writer.writerow(["loss", "beta", "seed", *curves[loss, best[loss]][0]])
+        for key, runs in curves.items():
+            for seed, curve in enumerate(runs, args.seed):
+                writer.writerows([*key, seed, *row] for row in zip(*curve.values(), strict=True))
+    draw_sweep(curves, best, out / "sweep.png")
     print(f"\n{'loss':5} {'beta':>6}   seeds   reward   utility   KL   length, means at the end")
-    for loss, beta in dict.fromkeys((loss, beta) for loss, beta, _ in curves):
-        runs = [curve for (*key, _), curve in curves.items() if key == [loss, beta]]
+    for (loss, beta), runs in curves.items():
         names = "eval_reward", "eval_utility", "eval_kl", "eval_length"
         means = [sum(run[name][-1] for run in runs) / len(runs) for name in names]
         print(f"{loss:5} {beta:6}   {len(runs)}   " + "   ".join(f"{x:.3f}" for x in means))
     print(f"see {out}: sweep.csv, sweep.png")
 
 
-def finished(directory: Path) -> bool:
-    """Has the run in this directory come to its last step?"""
-    try:
-        steps = json.loads((directory / "config.json").read_text())["steps"]
-        last = (directory / "metrics.csv").read_text().splitlines()[-1]
-        return last.startswith(f"{steps},")
-    except (OSError, ValueError):
-        return False
-
-
-def draw_sweep(curves: dict, best: dict, first_seed: int, out: Path) -> None:
+def draw_sweep(curves: dict, best: dict, out: Path) -> None:
     """Reward against beta (figure 5), along training (figure 6), and against the KL; utility
-    against the KL. curves: {(loss, beta, seed): {column: values}}."""
+    against the KL. curves: {(loss, beta): [{column: values} of each seed]}."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
     for loss, color in zip(GRID, ["C0", "C1", "C2"], strict=True):
-        ends = {
-            beta: {name: values[-1] for name, values in curves[loss, beta, first_seed].items()}
-            for beta in GRID[loss]
-        }
+        first = [curves[loss, beta][0] for beta in GRID[loss]]  # the first seed of every beta
+        ends = {name: [curve[name][-1] for curve in first] for name in first[0]}
         style = {"color": color, "marker": "o", "label": loss}
-        axes[0, 0].plot(GRID[loss], [end["eval_reward"] for end in ends.values()], **style)
-        runs = [curve for (*key, _), curve in curves.items() if key == [loss, best[loss]]]
+        axes[0, 0].plot(GRID[loss], ends["eval_reward"], **style)
+        runs = curves[loss, best[loss]]
         steps, rewards = runs[0]["step"], torch.tensor([run["eval_reward"] for run in runs])
         mean, error = rewards.mean(0), rewards.std(0) / len(runs) ** 0.5
         axes[0, 1].plot(steps, mean, color=color, label=f"{loss}, beta = {best[loss]}")
         axes[0, 1].fill_between(steps, mean - error, mean + error, color=color, alpha=0.3)
-        kls = [end["eval_kl"] for end in ends.values()]
-        for axis, name in ((axes[1, 0], "eval_reward"), (axes[1, 1], "eval_utility")):
-            axis.plot(kls, [end[name] for end in ends.values()], **style)
+        axes[1, 0].plot(ends["eval_kl"], ends["eval_reward"], **style)
+        axes[1, 1].plot(ends["eval_kl"], ends["eval_utility"], **style)
     axes[0, 0].set(xscale="log", xlabel="beta", ylabel="reward at the end")
     axes[0, 1].set(xlabel="step", ylabel=f"reward, {SEEDS} seeds with standard errors")
     axes[1, 0].set(xscale="symlog", xlabel="KL(pi || pi_ref) at the end", ylabel="reward")
@@ -789,7 +782,7 @@ def make_data(args: argparse.Namespace) -> None:
     """--make-data: a JSONL file that --data reads. Raises UserError."""
     if Path(args.make_data).exists() and not args.overwrite:
         raise UserError(f"--make-data {args.make_data}: there is such a file; or add --overwrite")
-    task, _, start, reward_model, _ = setting(args, None)
+    task, _, start, reward_model = setting(args)
     device = common.pick_device(args.device)
     model, tokenizer = common.load_model(start, device, task, not args.no_chat_template)
     reward_model = reward_model and load_reward_model(reward_model, device)

@@ -75,15 +75,10 @@ def random_qwen2(**sizes):
 # ---- a training step ----
 
 
-def our_step(model, tokenizer, optimizer, task, problems, dead=(), max_new_tokens=48, G=8):
-    """Steps 1 to 3 of gpg.train with one round; the groups `dead` get equal rewards."""
-    prompts = common.get_prompts(task, problems)
-    rollout = common.sample(model, tokenizer, prompts, G, max_new_tokens)
-    rewards, _ = common.get_rewards(task, problems, rollout.texts)
-    rewards[list(dead)] = 0.0
-    valid = gpg.is_valid(rewards)
-    alpha = gpg.gradient_scale(rewards)
-    live = rollout.rows(valid.repeat_interleave(G))
+def update(model, optimizer, rollout, rewards) -> None:
+    """Parts 2 and 3 of gpg.train after one round. rewards [B, G]"""
+    valid, alpha = gpg.is_valid(rewards), gpg.gradient_scale(rewards)
+    live = rollout.rows(valid.repeat_interleave(rewards.shape[1]))
     advantages = gpg.group_advantages(rewards[valid]).flatten()
     total = rollout.completion_mask.sum().item()
     for rows in common.micro_batches(live, gpg.TINY["micro_batch_tokens"]):
@@ -93,7 +88,15 @@ def our_step(model, tokenizer, optimizer, task, problems, dead=(), max_new_token
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return rollout
+
+
+def our_step(model, tokenizer, optimizer, task, problems, dead) -> None:
+    """A step of the default run; the groups `dead` get equal rewards."""
+    prompts = common.get_prompts(task, problems)
+    rollout = common.sample(model, tokenizer, prompts, 8, 48)
+    rewards, _ = common.get_rewards(task, problems, rollout.texts)
+    rewards[list(dead)] = 0.0
+    update(model, optimizer, rollout, rewards)
 
 
 def trl_trainer(directory, task, dead_share: float, out: str):
@@ -242,14 +245,15 @@ def logprobs(repeats: int) -> None:
 def child(name: str, *numbers: int) -> None:
     """What a process of its own measures: the peak above the model, seconds, a norm."""
     if name == "growth":
-        B, G, T = numbers
+        B, G, T, repeats = numbers
         model, tokenizer = common.load_model(common.tiny_model(common.make_task("add")), "cpu")
         model.generation_config.eos_token_id = tokenizer.eos_token = None  # all of length T
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
         before, times = resident(), []
-        for _ in range(4):
+        for _ in range(1 + repeats):  # the first is not counted
             start = time.perf_counter()
-            step_of_random_rewards(model, tokenizer, optimizer, B, G, T)
+            rollout = common.sample(model, tokenizer, ["12+345="] * B, G, T)
+            update(model, optimizer, rollout, torch.rand(B, G))
             times.append(time.perf_counter() - start)
         print(json.dumps({"MiB": peak() - before, "seconds": statistics.median(times[1:])}))
         return
@@ -280,25 +284,12 @@ def start(repeats: int) -> None:
     )
 
 
-def step_of_random_rewards(model, tokenizer, optimizer, B, G, T):
-    prompts = ["12+345="] * B
-    rollout = common.sample(model, tokenizer, prompts, G, T)
-    advantages = gpg.group_advantages(torch.rand(B, G)).flatten()
-    total = rollout.completion_mask.sum().item()
-    for rows in common.micro_batches(rollout, gpg.TINY["micro_batch_tokens"]):
-        mb = rollout.rows(rows)
-        logprobs = common.completion_logprobs(model, mb)
-        gpg.gpg_loss(logprobs, advantages[rows], mb.completion_mask, 1.0, total).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def growth(repeats: int) -> None:
     print("| B | G | T | seconds a step | MiB above the model |\n|---|---|---|---|---|")
     shapes = [(16, G, 32) for G in (2, 8, 32, 64)]
     shapes += [(16, 8, T) for T in (16, 64, 128, 512)] + [(B, 8, 32) for B in (4, 64, 128)]
     for shape in shapes:
-        r = peak_growth("growth", *shape)
+        r = peak_growth("growth", *shape, repeats)
         cells = [*shape, f"{r['seconds']:.2f}", f"{r['MiB']:.0f}"]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
 

@@ -17,6 +17,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
 METHODS = {  # name: (what the table calls it, the average of the paper's table 1, the command)
     "grpo": ("GRPO", "43.7", "grpo.py"),
     "gpg-std-plain": (
@@ -34,7 +38,7 @@ METHODS = {  # name: (what the table calls it, the average of the paper's table 
 
 def run(method: str, seed: int, args) -> None:
     out = args.out / args.task / f"{method}-{seed}"
-    if (out / "curves.png").exists():
+    if common.finished(out):
         return
     flags = f"--task {args.task} --steps {args.steps} --schedule constant --seed {seed}"
     command = [sys.executable, *METHODS[method][2].split(), *flags.split(), "--out", str(out)]

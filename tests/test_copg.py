@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from test_gpg import ManyAs
+from test_gpg import ManyAs, metrics
+from test_grpo import numbers
 
 import bandit_toy
 import common
@@ -286,9 +287,7 @@ def flags(out, *more):
 
 
 def rows_of(run):
-    lines = [line.split(",") for line in (run.dir / "metrics.csv").read_text().splitlines()]
-    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
-    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+    return numbers(metrics(run))
 
 
 def train(*argv):
@@ -529,6 +528,13 @@ def test_too_long_a_completion_is_named(tmp_path, model_dirs):
     with pytest.raises(UserError, match=r"data.jsonl, line 4: the prompt .* context of 256"):
         train(tmp_path / "run", "--model", model_dirs["qwen2"], "--data", path)
     assert not (tmp_path / "run").exists()
+
+
+def test_too_long_a_completion_without_a_file_is_numbered(small):
+    model, tokenizer = small
+    data = copg.Data(["a", "b"], [["c", "d"], ["e", "x" * 300]])
+    with pytest.raises(UserError, match="record 1: the prompt 'b'"):
+        copg.reference_logprobs(model, tokenizer, data, copg.parse_args(["--model", "x"]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The equations of GPG against hand-computed values, brute force in float64, and invariances."""
 
+import functools
 import math
 
 import pytest
@@ -247,15 +248,24 @@ class Levels(common.TextTask):
         return self.prompt, reward, True, False, {}
 
 
-def run_gpg(tmp_path, monkeypatch, model_dir, task, *flags):
+def metrics(run):
+    """Every row of metrics.csv, {column: text}."""
+    rows = [line.split(",") for line in (run.dir / "metrics.csv").read_text().splitlines()]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def run_script(script, tmp_path, monkeypatch, model_dir, task, *flags):
+    """A small run of a script on a task object -> the run, and its rows without that of step 0."""
     monkeypatch.setattr(common, "make_task", lambda name, split, data: task)
     flags = [
         "--model", model_dir, "--out", tmp_path / "run", "--max-new-tokens", "8", "--steps", "3",
         "--prompts", "4", "--eval-problems", "4", "--eval-samples", "2", *flags,
     ]  # fmt: skip
-    run = gpg.train(gpg.parse_args([str(flag) for flag in flags]))
-    rows = [line.split(",") for line in (run.dir / "metrics.csv").read_text().splitlines()]
-    return run, [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+    run = script.train(script.parse_args([str(flag) for flag in flags]))
+    return run, metrics(run)[1:]
+
+
+run_gpg = functools.partial(run_script, gpg)
 
 
 @pytest.mark.parametrize(

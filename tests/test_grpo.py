@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from test_gpg import REWARDS, Hopeless, Levels, ManyAs, Variety, gradient
+from test_gpg import (
+    REWARDS,
+    Hopeless,
+    Levels,
+    ManyAs,
+    Variety,
+    gradient,
+    metrics,
+    run_script,
+)
 
 import common
 import gpg
@@ -304,20 +313,14 @@ def test_bad_flags(flags, line):
 # ---- the loop ----
 
 
-def run_grpo(tmp_path, monkeypatch, model_dir, task, *flags):
-    monkeypatch.setattr(common, "make_task", lambda name, split, data: task)
-    flags = [
-        "--model", model_dir, "--out", tmp_path / "run", "--max-new-tokens", "8", "--steps", "3",
-        "--prompts", "4", "--eval-problems", "4", "--eval-samples", "2", *flags,
-    ]  # fmt: skip
-    run = grpo.train(grpo.parse_args([str(flag) for flag in flags]))
-    return run, read(run)
-
-
-def read(run):
-    rows = [line.split(",") for line in (run.dir / "metrics.csv").read_text().splitlines()]
-    rows = [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+def numbers(rows):
+    """The rows of metrics.csv, {column: number}, without their empty cells."""
     return [{name: float(value) for name, value in row.items() if value} for row in rows]
+
+
+def run_grpo(*args):
+    run, rows = run_script(grpo, *args)
+    return run, numbers(rows)
 
 
 @pytest.mark.parametrize(
@@ -451,7 +454,7 @@ def test_resume_keeps_the_first_reference(tmp_path, monkeypatch, model_dirs):
     halves = tmp_path / "halves"
     run_grpo(tmp_path, monkeypatch, model_dirs["qwen2"], task, *flags, "--out", halves)
     run = grpo.train(grpo.parse_args(["--resume", str(halves), "--steps", "6"]))
-    resumed = read(run)
+    resumed = numbers(metrics(run)[1:])
     for a, b in zip(whole, resumed, strict=True):
         for name in set(a) - {"seconds", "tokens_per_second", "eval_accuracy"}:
             assert a[name] == b[name]
