@@ -471,7 +471,7 @@ def tiny_tokenizer():
 def fit(model, batch_loss, steps: int, peak_lr: float, name: str) -> None:
     """Supervised learning: AdamW, cosine to 0. batch_loss(i): the loss of batch i = 0, 1, 2 ..."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.0
+        model.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
     bar = tqdm(range(1, steps + 1), desc=name, unit="step")
     for step in bar:
@@ -682,6 +682,47 @@ def draw(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 
+def repeat_cache(cache, repeats: int, room: int) -> None:
+    """Repeat each row of the cache, and make room for that many more tokens.
+
+    transformers copies all keys and values whenever a token is added or a row dropped. With room, a
+    token is written in place, and so are the few rows that move when others are dropped. Layers of
+    other kinds (sliding windows, recurrent states) stay as they are.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        def __init__(self, layer):
+            super().__init__()
+            self.lazy_initialization(layer.keys, layer.values)
+            self.tensors = [  # keys and values [N, heads, P + room, d]; in use are [n, heads, L, d]
+                F.pad(x.repeat_interleave(repeats, 0), (0, 0, 0, room))
+                for x in (layer.keys, layer.values)
+            ]
+            self.use(len(self.tensors[0]), layer.keys.shape[2])
+
+        def use(self, n, L):
+            self.keys, self.values = (x[:n, :, :L] for x in self.tensors)
+
+        def update(self, keys, values, *args, **kwargs):
+            n, _, L, _ = self.keys.shape
+            self.use(n, L + keys.shape[2])
+            self.keys[:, :, L:], self.values[:, :, L:] = keys, values
+            return self.keys, self.values
+
+        def batch_select_indices(self, rows):
+            moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+            for x in (self.keys, self.values):
+                x[moved] = x[rows[moved]]
+            self.use(len(rows), self.keys.shape[2])
+
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[i] = RoomyLayer(layer)
+        else:
+            layer.batch_repeat_interleave(repeats)
+
+
 @torch.no_grad()
 def sample(
     model,
@@ -712,7 +753,7 @@ def sample(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]  # [B, V]
-        cache.batch_repeat_interleave(group_size)
+        repeat_cache(cache, group_size, room=T)
         logits = logits.repeat_interleave(group_size, 0)  # [N, V]
 
         prompt_ids = prompt_ids.repeat_interleave(group_size, 0)  # [N, P]
@@ -722,24 +763,22 @@ def sample(
         mask = torch.zeros(N, T, dtype=torch.bool, device=device)
         logprobs = torch.zeros(N, T, device=device)
 
-        # Of the N rows, `cached` are still in the cache; of these, `running` have no EOS yet.
-        cached = torch.arange(N, device=device)
-        running = torch.ones(N, dtype=torch.bool, device=device)
+        running = torch.arange(N, device=device)  # the rows without an EOS, in the cache's order
         attention = torch.cat([prompt_mask, torch.ones_like(mask)], 1).long()  # [N, P + T]
         position = prompt_mask.sum(1, keepdim=True)  # [N, 1], of the token to be drawn
         for t in range(T):
-            tokens, token_logprobs = draw(logits, temperature)
-            ids[cached, t] = tokens.where(running, 0)
-            mask[cached, t] = running
-            logprobs[cached, t] = token_logprobs.where(running, 0.0)
-            running = running & ~torch.isin(tokens, stop_ids)
-            n = int(running.sum())
+            tokens, token_logprobs = draw(logits, temperature)  # [len(running)]
+            ids[running, t], logprobs[running, t], mask[running, t] = tokens, token_logprobs, True
+            go_on = ~torch.isin(tokens, stop_ids)
+            n = int(go_on.sum())
             if n == 0 or t == T - 1:
+                running = running[go_on]
                 break
-            if n <= 0.75 * len(running):  # a smaller cache pays for its copying from here on
-                keep = running.nonzero().squeeze(1)
+            if n < len(running):  # the last rows move into the places of those that ended
+                keep = torch.arange(n, device=device)
+                keep[~go_on[:n]] = n + go_on[n:].nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
-                cached, running, tokens = cached[keep], running[keep], tokens[keep]
+                running, tokens = running[keep], tokens[keep]
                 attention, position = attention[keep], position[keep]
             logits = model(
                 input_ids=tokens[:, None],
@@ -750,7 +789,7 @@ def sample(
             ).logits[:, -1]
 
     truncated = torch.zeros(N, dtype=torch.bool, device=device)
-    truncated[cached] = running
+    truncated[running] = True
     ends = (mask.sum(1) - (~truncated).long()).tolist()  # without the EOS
     texts = tokenizer.batch_decode(
         [row[:end] for row, end in zip(ids.tolist(), ends, strict=True)], skip_special_tokens=True
@@ -775,14 +814,6 @@ def completion_logprobs(model, rollout: Rollout, temperature: float = 1.0) -> Te
     through the LM head, in chunks, and the backward pass computes each chunk once more.
     """
     mask, targets = rollout.completion_mask, rollout.completion_ids[rollout.completion_mask]  # [n]
-    T = mask.shape[1]
-    attention = torch.cat([rollout.prompt_mask, mask], 1)  # [N, P + T]
-    inputs = {
-        "input_ids": torch.cat([rollout.prompt_ids, rollout.completion_ids], 1),
-        "attention_mask": attention.long(),
-        "position_ids": positions(attention),
-        "use_cache": False,
-    }
     head, head_alone = model.get_output_embeddings(), head_gives_logits(model)
 
     def score(states, targets):  # [m, H] or logits [m, V], [m] -> [m], at least in fp32
@@ -791,11 +822,7 @@ def completion_logprobs(model, rollout: Rollout, temperature: float = 1.0) -> Te
         return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
     with autocast(model.device):
-        if head_alone:
-            states = model.base_model(**inputs).last_hidden_state[:, -T - 1 : -1]  # [N, T, H]
-        else:
-            states = model(**inputs, logits_to_keep=T + 1).logits[:, :-1]  # [N, T, V]
-        states = states[mask]  # [n, H]: the state at position P - 1 + t predicts completion token t
+        states = predicting_states(model, rollout, head_alone)[mask]  # [n, H] or [n, V]
         m = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
         if len(targets) <= m:
             values = score(states, targets)  # [n]
@@ -803,6 +830,43 @@ def completion_logprobs(model, rollout: Rollout, temperature: float = 1.0) -> Te
             chunks = zip(states.split(m), targets.split(m), strict=True)
             values = torch.cat([checkpoint(score, *c, use_reentrant=False) for c in chunks])
     return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+
+
+def predicting_states(model, rollout: Rollout, head_alone: bool) -> Tensor:
+    """[N, T, H], at [:, t] the hidden state that predicts completion token t; without head_alone
+    the logits [N, T, V].
+
+    Rows with the same prompt compute it once, as in sample, and share its keys and values; their
+    gradients add up there.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    T = rollout.completion_ids.shape[1]
+    mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)[:, :-1]  # [N, P + T - 1]
+    position = positions(mask)
+
+    def states(ids, mask, position, keep, cache=None):
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position}
+        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        if head_alone:
+            return model.base_model(**inputs).last_hidden_state[:, -keep:]
+        return model(**inputs, logits_to_keep=keep).logits
+
+    prompts, prompt_of = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1).unique(
+        dim=0, return_inverse=True
+    )  # [U, P], [N]
+    cache = DynamicCache(config=model.config)
+    attention_only = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
+    if len(prompts) == len(mask) or T == 1 or model.training or not attention_only:
+        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)[:, :-1]
+        return states(ids, mask, position, T)
+    first = states(
+        prompts.clamp(min=0), prompts >= 0, positions(prompts >= 0), 1, cache
+    )  # [U, 1, H]
+    cache.batch_select_indices(prompt_of)
+    rest = states(rollout.completion_ids[:, :-1], mask, position[:, 1 - T :], T - 1, cache)
+    return torch.cat([first[prompt_of], rest], 1)
 
 
 @torch.no_grad()

@@ -567,9 +567,7 @@ def train(args: argparse.Namespace) -> common.Run:
     )
     ref_model = common.load_model(start, device, task)[0].requires_grad_(False)
     reward_model = reward_model and load_reward_model(reward_model, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), weight_decay=args.weight_decay, fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
 
     # The data, its rewards, and its log-probs under the reference: computed once, and kept.
     torch.manual_seed(args.seed)

@@ -145,9 +145,7 @@ def train(args: argparse.Namespace) -> common.Run:
     model, tokenizer = common.load_model(
         run.model_name(args.model), device, task, not args.no_chat_template, args.grad_checkpointing
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), weight_decay=args.weight_decay, fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     torch.manual_seed(args.seed)
     before = None if run.loaded else common.evaluate(model, tokenizer, test_task, args)
     columns = [*common.COLUMNS, "rounds"]

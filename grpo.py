@@ -212,9 +212,7 @@ def train(args: argparse.Namespace) -> common.Run:
     ref_model = None
     if args.kl_beta > 0:  # the model before training, in a resumed run too
         ref_model = common.load_model(args.model, device, task)[0].requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), weight_decay=args.weight_decay, fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     torch.manual_seed(args.seed)
     before = None if run.loaded else common.evaluate(model, tokenizer, test_task, args)
     columns = [*common.COLUMNS, "rounds", "kl", "clip_share"]

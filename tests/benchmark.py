@@ -1,8 +1,8 @@
 """Speed and memory, measured beside what one would use instead: `python tests/benchmark.py`.
 
-Both sides run in turn in one process, and the ratio of their medians is printed: the machine may be
-shared and slow, the ratio is what counts. Memory is the growth of the peak resident set of a
-process of its own (CPU). TRL is measured where it is installed, and is no requirement.
+Each side has a process of its own, as in use, and the two take turns: the machine may be shared and
+slow, the ratio of the medians is what counts. Memory is the peak resident set above the loaded
+model (CPU, Linux). TRL is measured where it is installed, and is no requirement.
 
     step      a GPG step of the default run, against TRL's GRPOTrainer; also with dead groups
     sample    sampling, against Hugging Face generate
@@ -12,8 +12,10 @@ process of its own (CPU). TRL is measured where it is installed, and is no requi
 """
 
 import argparse
-import json
-import resource
+import concurrent.futures
+import functools
+import importlib.util
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -30,49 +32,77 @@ import common  # noqa: E402
 import gpg  # noqa: E402
 
 
-def alternate(sides: dict, repeats: int) -> dict[str, float]:
-    """The median seconds of each side, after one round that is not counted."""
-    times = {name: [] for name in sides}
-    for i in range(repeats + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def own_process():
+    """An executor whose one process starts afresh, with nothing of this one in it."""
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn)
 
 
-def peak_growth(name: str, *numbers: int) -> dict:
-    """What child(name) measures, in a process of its own."""
-    command = [sys.executable, __file__, "child", name, *map(str, numbers)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
+def take_turns(repeats: int, **sides) -> dict[str, list]:
+    """What each side, a function and its arguments, returns time after time in a process of its
+    own; after one round that is not counted."""
+    processes = {name: own_process() for name in sides}
+    results = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, (function, *args) in sides.items():
+            result = processes[name].submit(function, *args).result()
+            if turn:
+                results[name].append(result)
+    for process in processes.values():
+        process.shutdown()
+    return results
+
+
+def timed(function, *args):
+    start = time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - start, result
+
+
+def resident(line: str) -> float:
+    """VmRSS or VmHWM, the resident set of this process now or at its peak, in MiB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{line}:")[1].split()[0]) / 1024
+
+
+@functools.cache
+def loaded() -> float:
+    """What was resident when this was first asked: when the model is loaded."""
+    return resident("VmRSS")
 
 
 def peak() -> float:
-    """The peak resident set of this process so far, in MiB (Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resident("VmHWM") - loaded()
 
 
-def resident() -> float:
-    """The resident set of this process now, in MiB (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+def versus(ours: float, theirs: float, unit: str, decimals: int) -> str:
+    return f"{ours:.{decimals}f} and {theirs:.{decimals}f} {unit} (ratio {ours / theirs:.2f})"
 
 
 def random_qwen2(**sizes):
+    """A model with random weights, and a tokenizer, one token a byte, without an EOS."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258}
     config |= {"eos_token_id": None, "pad_token_id": 257, "max_position_embeddings": 1024}
     model = Qwen2ForCausalLM(Qwen2Config(**config | sizes)).eval()
-    model.generation_config.eos_token_id = None
     tokenizer = common.tiny_tokenizer()
     tokenizer.eos_token = None
     return model, tokenizer
 
 
 # ---- a training step ----
+
+STEPS = 8  # in a turn
+
+
+@functools.cache
+def our_trainer():
+    task = common.make_task("add")
+    model, tokenizer = common.load_model(common.tiny_model(task), "cpu")
+    loaded()
+    return task, model, tokenizer, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
 def update(model, optimizer, rollout, rewards) -> None:
@@ -90,24 +120,33 @@ def update(model, optimizer, rollout, rewards) -> None:
     optimizer.zero_grad()
 
 
-def our_step(model, tokenizer, optimizer, task, problems, dead) -> None:
-    """A step of the default run; the groups `dead` get equal rewards."""
-    prompts = common.get_prompts(task, problems)
-    rollout = common.sample(model, tokenizer, prompts, 8, 48)
-    rewards, _ = common.get_rewards(task, problems, rollout.texts)
-    rewards[list(dead)] = 0.0
-    update(model, optimizer, rollout, rewards)
+def our_steps(dead_share: float) -> dict:
+    """STEPS steps of the default run; the first groups get equal rewards."""
+    task, model, tokenizer, optimizer = our_trainer()
+
+    def step(problems):
+        prompts = common.get_prompts(task, problems)
+        rollout = common.sample(model, tokenizer, prompts, 8, 48)
+        rewards, _ = common.get_rewards(task, problems, rollout.texts)
+        rewards[: int(16 * dead_share)] = 0.0
+        update(model, optimizer, rollout, rewards)
+
+    batches = [torch.randint(1024, (16,)).tolist() for _ in range(STEPS)]
+    return {"seconds": [timed(step, problems)[0] for problems in batches], "MiB": peak()}
 
 
-def trl_trainer(directory, task, dead_share: float, out: str):
+@functools.cache
+def trl_trainer(dead_share: float):
     """TRL's GRPOTrainer on the same model directory, prompts, group size, lengths; fp32."""
+    import datasets
     import transformers
     from trl import GRPOConfig, GRPOTrainer
 
+    task = common.make_task("add")
     problems = list(range(1024))
     prompts = common.get_prompts(task, problems)
     answers = {prompt: task.unwrapped.problem(i)[1] for i, prompt in enumerate(prompts)}
-    dead = {prompt for i, prompt in enumerate(prompts) if i % 2 < 2 * dead_share}
+    dead = {prompt for i, prompt in enumerate(prompts) if i % 16 < 16 * dead_share}
 
     def reward(prompts, completions, **_):
         return [
@@ -115,108 +154,105 @@ def trl_trainer(directory, task, dead_share: float, out: str):
             for p, c in zip(prompts, completions, strict=True)
         ]
 
-    import datasets
-
     config = GRPOConfig(
-        output_dir=out, per_device_train_batch_size=128, num_generations=8, beta=0.0,
-        max_completion_length=48, learning_rate=1e-4, max_steps=10**6, bf16=False, use_cpu=True,
-        report_to="none", save_strategy="no", disable_tqdm=True, scale_rewards="none",
-        logging_strategy="no", gradient_checkpointing=False, num_iterations=1,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=128, num_generations=8,
+        beta=0.0, max_completion_length=48, learning_rate=1e-4, max_steps=10**6, bf16=False,
+        use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, num_iterations=1,
+        scale_rewards="none", logging_strategy="no", gradient_checkpointing=False,
     )  # fmt: skip
-    times = []
+    seconds = []
 
     class Watch(transformers.TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
             self.start = time.perf_counter()
 
         def on_step_end(self, args, state, control, **_):
-            times.append(time.perf_counter() - self.start)
-            control.should_training_stop = len(times) % STEPS == 0
+            seconds.append(time.perf_counter() - self.start)
+            control.should_training_stop = len(seconds) % STEPS == 0
 
-    model, tokenizer = common.load_model(directory, "cpu")
+    model, tokenizer = common.load_model(common.tiny_model(task), "cpu")
+    loaded()
     trainer = GRPOTrainer(
         model, reward, args=config, processing_class=tokenizer, callbacks=[Watch()],
         train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
     )  # fmt: skip
-    return trainer, times
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer, seconds
 
 
-STEPS = 8  # of each side in a turn
+def trl_steps(dead_share: float) -> dict:
+    trainer, seconds = trl_trainer(dead_share)
+    trainer.train()
+    return {"seconds": seconds[-STEPS:], "MiB": peak()}
 
 
 def step(repeats: int) -> None:
-    try:
-        import trl
-    except ImportError:
-        trl = None
-    task = common.make_task("add")
-    directory = common.tiny_model(task)
+    trl = importlib.util.find_spec("trl") is not None
     for share in (0.0, 0.5):
-        model, tokenizer = common.load_model(directory, "cpu")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        ours, theirs = [], []
-        with tempfile.TemporaryDirectory() as out:
-            if trl:
-                trainer, times = trl_trainer(directory, task, share, out)
-            for turn in range(repeats):
-                for i in range(STEPS):
-                    first = (turn * STEPS + i) * 16
-                    problems = [(first + j) % 1024 for j in range(16)]
-                    dead = range(0, 16, 2) if share else ()
-                    start = time.perf_counter()
-                    our_step(model, tokenizer, optimizer, task, problems, dead)
-                    ours.append(time.perf_counter() - start)
-                if trl:
-                    trainer.train()
-                    theirs += times[-STEPS:]
-        line = f"step, {share:.0%} of the groups made dead: ours {statistics.median(ours):.3f} s"
+        sides = {"ours": (our_steps, share)} | ({"theirs": (trl_steps, share)} if trl else {})
+        results = take_turns(repeats, **sides)
+        seconds = [statistics.median(s for x in r for s in x["seconds"]) for r in results.values()]
+        memory = [max(x["MiB"] for x in r) for r in results.values()]
+        line = f"step, {share:.0%} of the groups made dead: "
         if trl:
-            ratio = statistics.median(ours) / statistics.median(theirs)
-            line += f", TRL {trl.__version__} {statistics.median(theirs):.3f} s, ratio {ratio:.2f}"
+            line += f"ours and TRL's: {versus(*seconds, 's', 3)}; {versus(*memory, 'MiB', 0)}"
+        else:
+            line += f"{seconds[0]:.3f} s, {memory[0]:.0f} MiB (TRL is not installed)"
         print(line, flush=True)
 
 
 # ---- sampling ----
 
 
-def sample(repeats: int) -> None:
+@functools.cache
+def sampler(ends: bool):
+    """A model of 4M parameters; with `ends` a token in 32 ends its row."""
     model, tokenizer = random_qwen2(hidden_size=256, intermediate_size=768, num_hidden_layers=5)
-    size = sum(p.numel() for p in model.parameters())
-    for B, G, P, T in ((16, 8, 8, 32), (1, 64, 512, 32)):
-        prompts = ["x" * P] * B
-        batch = tokenizer(prompts, return_tensors="pt")
-        flags = {"max_new_tokens": T, "do_sample": True, "top_k": 0, "num_return_sequences": G}
+    model.generation_config.eos_token_id = list(range(8)) if ends else None
+    loaded()
+    return model, tokenizer
 
-        def generate(batch=batch, flags=flags):
-            with torch.no_grad():
-                model.generate(**batch, **flags, pad_token_id=257)
 
-        def ours(prompts=prompts, G=G, T=T):
-            common.sample(model, tokenizer, prompts, G, T)
+def our_sample(B: int, G: int, P: int, T: int, ends: bool) -> dict:
+    model, tokenizer = sampler(ends)
+    seconds, rollout = timed(common.sample, model, tokenizer, ["x" * P] * B, G, T)
+    return {"rate": rollout.completion_mask.sum().item() / seconds, "MiB": peak()}
 
-        times = alternate({"ours": ours, "generate": generate}, repeats)
-        rates = {name: B * G * T / seconds for name, seconds in times.items()}
+
+@torch.no_grad()
+def their_sample(B: int, G: int, P: int, T: int, ends: bool) -> dict:
+    model, tokenizer = sampler(ends)
+    batch = tokenizer(["x" * P] * B, return_tensors="pt")
+    flags = {"max_new_tokens": T, "do_sample": True, "top_k": 0, "num_return_sequences": G}
+    start = time.perf_counter()
+    ids = model.generate(**batch, **flags, pad_token_id=257)[:, P:]
+    seconds = time.perf_counter() - start
+    # The tokens up to the first end, with it: those before which there is no end.
+    is_end = (ids < 8) & torch.tensor(ends)
+    tokens = (is_end.cumsum(1) - is_end.long() == 0).sum().item()
+    return {"rate": tokens / seconds, "MiB": peak()}
+
+
+def sample(repeats: int) -> None:
+    for shape in (
+        (16, 8, 8, 32, False),
+        (16, 8, 8, 32, True),
+        (16, 8, 128, 32, True),
+        (1, 64, 512, 32, False),
+    ):
+        results = take_turns(repeats, ours=(our_sample, *shape), theirs=(their_sample, *shape))
+        rates = [statistics.median(x["rate"] for x in r) for r in results.values()]
+        memory = [max(x["MiB"] for x in r) for r in results.values()]
+        B, G, P, T, ends = shape
         print(
-            f"sample, {size / 1e6:.1f}M parameters, {B} x {G} completions of {T} tokens, prompt "
-            f"{P}: ours {rates['ours']:.0f} tokens/s, generate {rates['generate']:.0f}, "
-            f"ratio {rates['ours'] / rates['generate']:.2f}",
+            f"sample, 4.1M parameters, {B} x {G} completions of {T} tokens"
+            f"{', 1 in 32 ends its row' if ends else ''}, prompts of {P}: ours and generate's: "
+            f"{versus(*rates, 'tokens/s', 0)}; {versus(*memory, 'MiB', 0)}",
             flush=True,
         )
 
 
 # ---- log-probs with a large vocabulary ----
-
-
-def large_vocabulary():
-    model, _ = random_qwen2(
-        vocab_size=151_936, hidden_size=64, intermediate_size=128, num_hidden_layers=2
-    )
-    N, P, T = 32, 16, 256
-    ids = torch.randint(1000, (N, P + T))
-    ones = torch.ones(N, P + T, dtype=torch.bool)
-    return model, common.Rollout(
-        ids[:, :P], ones[:, :P], ids[:, P:], ones[:, P:], torch.zeros(N, T), [""] * N
-    )
 
 
 def naive_logprobs(model, rollout):
@@ -227,61 +263,72 @@ def naive_logprobs(model, rollout):
     return logprobs[:, -rollout.completion_ids.shape[1] :]
 
 
+def logprobs_and_gradient(naive: bool) -> dict:
+    model, _ = random_qwen2(
+        vocab_size=151_936, hidden_size=64, intermediate_size=128, num_hidden_layers=2
+    )
+    N, P, T = 32, 16, 256
+    ids = torch.randint(1000, (N, P + T))
+    ones = torch.ones(N, P + T, dtype=torch.bool)
+    rollout = common.Rollout(
+        ids[:, :P], ones[:, :P], ids[:, P:], ones[:, P:], torch.zeros(N, T), [""] * N
+    )
+    common.head_gives_logits(model)  # tried once per model
+    loaded()
+    function = naive_logprobs if naive else common.completion_logprobs
+    seconds, _ = timed(lambda: function(model, rollout).sum().backward())
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return {"seconds": seconds, "MiB": peak(), "gradient": gradient.numpy()}
+
+
 def logprobs(repeats: int) -> None:
-    sides = {name: [peak_growth(name) for _ in range(repeats)] for name in ("ours", "naive")}
-    memory = {name: sides[name][0]["MiB"] for name in sides}
-    seconds = {name: statistics.median(r["seconds"] for r in sides[name]) for name in sides}
-    gradients = [sides[name][0]["gradient"] for name in ("ours", "naive")]
+    results = {True: [], False: []}
+    for _ in range(repeats):
+        for naive in results:
+            with own_process() as process:
+                results[naive].append(process.submit(logprobs_and_gradient, naive).result())
+    seconds = [statistics.median(x["seconds"] for x in results[naive]) for naive in (False, True)]
+    memory = [max(x["MiB"] for x in results[naive]) for naive in (False, True)]
+    ours, naive = (torch.from_numpy(results[n][0]["gradient"]).double() for n in (False, True))
     print(
-        "logprobs, 32 x 256 tokens, vocabulary 151,936, forward and backward: memory ours "
-        f"{memory['ours']:.0f} MiB, naive {memory['naive']:.0f}, ratio "
-        f"{memory['ours'] / memory['naive']:.2f}; time {seconds['ours']:.2f} s, "
-        f"{seconds['naive']:.2f}, ratio {seconds['ours'] / seconds['naive']:.2f}; gradient norms "
-        f"{gradients[0]:.7g}, {gradients[1]:.7g}",
+        "logprobs, 32 x 256 tokens, vocabulary 151,936, forward and backward: ours and naive: "
+        f"{versus(*seconds, 's', 2)}; {versus(*memory, 'MiB', 0)}; the gradients differ by "
+        f"{(ours - naive).norm() / naive.norm():.1e} of their norm",
         flush=True,
     )
-
-
-def child(name: str, *numbers: int) -> None:
-    """What a process of its own measures: the peak above the model, seconds, a norm."""
-    if name == "growth":
-        B, G, T, repeats = numbers
-        model, tokenizer = common.load_model(common.tiny_model(common.make_task("add")), "cpu")
-        model.generation_config.eos_token_id = tokenizer.eos_token = None  # all of length T
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
-        before, times = resident(), []
-        for _ in range(1 + repeats):  # the first is not counted
-            start = time.perf_counter()
-            rollout = common.sample(model, tokenizer, ["12+345="] * B, G, T)
-            update(model, optimizer, rollout, torch.rand(B, G))
-            times.append(time.perf_counter() - start)
-        print(json.dumps({"MiB": peak() - before, "seconds": statistics.median(times[1:])}))
-        return
-    model, rollout = large_vocabulary()
-    function = common.completion_logprobs if name == "ours" else naive_logprobs
-    before, start = resident(), time.perf_counter()
-    function(model, rollout).sum().backward()
-    seconds = time.perf_counter() - start
-    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    print(json.dumps({"MiB": peak() - before, "seconds": seconds, "gradient": norm}))
 
 
 # ---- start-up, growth ----
 
 
 def start(repeats: int) -> None:
-    def command(*argv):
-        return lambda: subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True)
+    def median(*argv):
+        def command():
+            subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, check=True)
 
-    times = alternate({"help": command("gpg.py", "--help")}, repeats)
+        return statistics.median([timed(command)[0] for _ in range(repeats + 1)][1:])
+
+    common.tiny_model(common.make_task("add"))  # cached from here on
     with tempfile.TemporaryDirectory() as out:
         flags = ["--steps", "1", "--out", out, "--overwrite", "--eval-problems", "1"]
-        times |= alternate({"first step": command("gpg.py", *flags)}, repeats)
-    print(
-        f"start: --help {times['help']:.1f} s; to the end of a first step, and of the run, "
-        f"{times['first step']:.1f} s",
-        flush=True,
-    )
+        print(
+            f"start: --help {median('gpg.py', '--help'):.1f} s; to the end of a first step, and of "
+            f"the run, {median('gpg.py', *flags):.1f} s",
+            flush=True,
+        )
+
+
+def full_length_step(B: int, G: int, T: int, repeats: int) -> dict:
+    _, model, tokenizer, _ = our_trainer()
+    model.generation_config.eos_token_id = tokenizer.eos_token = None  # all of length T
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
+
+    def step():
+        rollout = common.sample(model, tokenizer, ["12+345="] * B, G, T)
+        update(model, optimizer, rollout, torch.rand(B, G))
+
+    seconds = [timed(step)[0] for _ in range(1 + repeats)][1:]
+    return {"seconds": statistics.median(seconds), "MiB": peak()}
 
 
 def growth(repeats: int) -> None:
@@ -289,15 +336,13 @@ def growth(repeats: int) -> None:
     shapes = [(16, G, 32) for G in (2, 8, 32, 64)]
     shapes += [(16, 8, T) for T in (16, 64, 128, 512)] + [(B, 8, 32) for B in (4, 64, 128)]
     for shape in shapes:
-        r = peak_growth("growth", *shape, repeats)
-        cells = [*shape, f"{r['seconds']:.2f}", f"{r['MiB']:.0f}"]
+        with own_process() as process:
+            result = process.submit(full_length_step, *shape, repeats).result()
+        cells = [*shape, f"{result['seconds']:.2f}", f"{result['MiB']:.0f}"]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["child"]:
-        child(sys.argv[2], *map(int, sys.argv[3:]))
-        sys.exit()
     parts = {f.__name__: f for f in (step, sample, logprobs, start, growth)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
