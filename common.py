@@ -443,6 +443,9 @@ def load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise UserError(f"{name}: not a causal language model, its weights have no {missing}")
+    kinds = {type(layer).__name__ for layer in transformers.DynamicCache(config=config).layers}
+    if kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}:  # only these are copied to a group
+        raise UserError(f"{name}: not every layer is attention, some keep a recurrent state")
     if not chat_template:
         tokenizer.chat_template = None
     if grad_checkpointing:
@@ -686,8 +689,8 @@ def repeat_cache(cache, repeats: int, room: int) -> None:
     """Repeat each row of the cache, and make room for that many more tokens.
 
     transformers copies all keys and values whenever a token is added or a row dropped. With room, a
-    token is written in place, and so are the few rows that move when others are dropped. Layers of
-    other kinds (sliding windows, recurrent states) stay as they are.
+    token is written in place, and so are the few rows that move when others are dropped. Layers
+    with a sliding window stay transformers' own.
     """
     from transformers.cache_utils import DynamicLayer
 
@@ -723,6 +726,16 @@ def repeat_cache(cache, repeats: int, room: int) -> None:
             layer.batch_repeat_interleave(repeats)
 
 
+@contextlib.contextmanager
+def eval_mode(model):
+    """In train mode, which checkpointing needs, transformers silently drops the cache."""
+    training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def sample(
     model,
@@ -743,7 +756,7 @@ def sample(
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer), dtype=torch.long, device=device)
     prompt_ids, prompt_mask = encode_prompts(model, tokenizer, prompts, room=T)  # [B, P]
 
-    with autocast(device):
+    with eval_mode(model), autocast(device):
         cache = DynamicCache(config=model.config)
         logits = model(
             input_ids=prompt_ids,
@@ -836,11 +849,10 @@ def predicting_states(model, rollout: Rollout, head_alone: bool) -> Tensor:
     """[N, T, H], at [:, t] the hidden state that predicts completion token t; without head_alone
     the logits [N, T, V].
 
-    Rows with the same prompt compute it once, as in sample, and share its keys and values; their
-    gradients add up there.
+    A prompt is read once, as in sample, and its rows share its keys and values; in the backward
+    pass their gradients meet there.
     """
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     T = rollout.completion_ids.shape[1]
     mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)[:, :-1]  # [N, P + T - 1]
@@ -853,17 +865,13 @@ def predicting_states(model, rollout: Rollout, head_alone: bool) -> Tensor:
             return model.base_model(**inputs).last_hidden_state[:, -keep:]
         return model(**inputs, logits_to_keep=keep).logits
 
-    prompts, prompt_of = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1).unique(
-        dim=0, return_inverse=True
-    )  # [U, P], [N]
-    cache = DynamicCache(config=model.config)
-    attention_only = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
-    if len(prompts) == len(mask) or T == 1 or model.training or not attention_only:
+    marked = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)  # [N, P]
+    prompts, prompt_of = marked.unique(dim=0, return_inverse=True)  # [U, P], [N]
+    if len(prompts) == len(mask) or T == 1 or model.training:  # nothing shared, or checkpointing
         ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)[:, :-1]
         return states(ids, mask, position, T)
-    first = states(
-        prompts.clamp(min=0), prompts >= 0, positions(prompts >= 0), 1, cache
-    )  # [U, 1, H]
+    cache, real = DynamicCache(config=model.config), prompts >= 0
+    first = states(prompts.clamp(min=0), real, positions(real), 1, cache)  # [U, 1, H]
     cache.batch_select_indices(prompt_of)
     rest = states(rollout.completion_ids[:, :-1], mask, position[:, 1 - T :], T - 1, cache)
     return torch.cat([first[prompt_of], rest], 1)

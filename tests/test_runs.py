@@ -286,7 +286,14 @@ def test_bad_flags(given, parts, model_dirs, tmp_path, capsys):
 
 
 def test_directories_that_are_no_causal_model(tmp_path, model_dirs, capsys):
-    from transformers import LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
+    from conftest import SIZES
+    from transformers import (
+        Lfm2Config,
+        Lfm2ForCausalLM,
+        LlamaForSequenceClassification,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     (tmp_path / "empty").mkdir()
     argv = flags(tmp_path / "empty", tmp_path / "run")
@@ -302,6 +309,10 @@ def test_directories_that_are_no_causal_model(tmp_path, model_dirs, capsys):
         flags(tmp_path / "classifier", tmp_path / "run"), "not a causal language", "lm_head",
         capsys=capsys,
     )  # fmt: skip
+    hybrid = Lfm2ForCausalLM(Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]))
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    common.tiny_tokenizer().save_pretrained(tmp_path / "hybrid")
+    refused(flags(tmp_path / "hybrid", tmp_path / "run"), "hybrid", "recurrent", capsys=capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -275,17 +275,38 @@ def test_dropout_is_off(model_dirs):
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_gradient_checkpointing_changes_no_gradient(model_dirs):
-    def gradient(checkpointing):
+def test_gradient_checkpointing_changes_no_sample_and_no_gradient(model_dirs, family):
+    """transformers drops the cache where it checkpoints: samples would not see the prompt."""
+    samples, gradients = [], []
+    for checkpointing in (False, True):
         model, tokenizer = common.load_model(
-            str(model_dirs["gpt2"]), torch.device("cpu"), grad_checkpointing=checkpointing
+            str(model_dirs[family]), torch.device("cpu"), grad_checkpointing=checkpointing
         )
-        assert model.is_gradient_checkpointing == checkpointing
-        rollout = common.encode(model, tokenizer, ["1+1=", "12+5="], ["2", "17"])
-        completion_logprobs(model, rollout).sum().backward()
-        return model.transformer.wte.weight.grad
+        torch.manual_seed(0)
+        samples.append(sample(model, tokenizer, PROMPTS, 4, 12))
+        assert model.training == checkpointing  # transformers checkpoints in train mode only
+        completion_logprobs(model, samples[-1]).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(samples[0].completion_ids, samples[1].completion_ids)
+    assert torch.equal(samples[0].logprobs, samples[1].logprobs)
+    difference = (gradients[1] - gradients[0]).norm()
+    assert 0 < difference < 1e-5 * gradients[0].norm()  # not 0: another order of sums
 
-    torch.testing.assert_close(gradient(True), gradient(False), atol=1e-6, rtol=1e-5)
+
+def test_a_prompt_is_read_once_when_sampled_and_when_scored(loaded):
+    """4 prompts of 4 rows each: their tokens go through the model once, not 4 times."""
+    model, tokenizer = loaded
+    tokens = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].numel()))
+    rollout = sample(model, tokenizer, PROMPTS, 4, 12)
+    prompt_tokens, T = 4 * rollout.prompt_ids.shape[1], rollout.completion_ids.shape[1]
+    assert tokens[0] == prompt_tokens
+    common.head_gives_logits(model)  # tried once
+    tokens.clear()
+    completion_logprobs(model, rollout)
+    hook.remove()
+    assert tokens == [prompt_tokens, 16 * (T - 1)]
 
 
 def test_masked_mean():
