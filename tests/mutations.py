@@ -169,8 +169,8 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ),
     (
         "EOS left out of the mask", "common.py",
-        "            mask[cached, t] = running\n",
-        "            mask[cached, t] = running & ~torch.isin(tokens, stop_ids)\n", "sampling",
+        "= tokens, token_logprobs, True",
+        "= tokens, token_logprobs, ~torch.isin(tokens, stop_ids)", "sampling",
     ),
     (
         "only the tokenizer's EOS stops", "common.py",
@@ -178,8 +178,32 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ),
     (
         "scored one position late", "common.py",
-        "last_hidden_state[:, -T - 1 : -1]", "last_hidden_state[:, -T:]", "sampling",
+        "rollout.completion_ids], 1)[:, :-1]", "rollout.completion_ids], 1)[:, 1:]", "sampling",
     ),
+    (
+        "scored one position late after a shared prompt", "common.py",
+        "torch.cat([first[prompt_of], rest], 1)", "torch.cat([rest, rest[:, -1:]], 1)", "sampling",
+    ),
+    (
+        "shared prompts mixed up", "common.py",
+        "[first[prompt_of], rest]", "[first.repeat(len(mask) // len(first), 1, 1), rest]", "sampling",
+    ),
+    (
+        "a shared prompt's padding read", "common.py",
+        "real = DynamicCache(config=model.config), prompts >= 0",
+        "real = DynamicCache(config=model.config), prompts >= -1", "sampling",
+    ),
+    (
+        "no gradient through a shared prompt", "common.py",
+        "    rest = states(",
+        "    for x in cache.layers:\n        x.keys, x.values = x.keys.detach(), x.values.detach()\n"
+        "    rest = states(", "sampling",
+    ),
+    (
+        "a shared prompt where checkpointing drops the cache", "common.py",
+        "T == 1 or model.training:", "T == 1:", "sampling",
+    ),
+    ("sampled in train mode", "common.py", "yield model.eval()", "yield model", "sampling"),
     (
         "positions count the padding", "common.py",
         "return (mask.long().cumsum(1) - 1).clamp(min=0)",
@@ -195,6 +219,17 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
         "cache keeps the wrong rows", "common.py",
         "cache.batch_select_indices(keep)",
         "cache.batch_select_indices(torch.arange(len(keep)))", "sampling",
+    ),
+    ("a row moves without its cache", "common.py", "x[moved] = x[rows[moved]]", "pass", "sampling"),
+    (
+        "a row moves without its positions", "common.py",
+        "attention, position = attention[keep], position[keep]",
+        "attention, position = attention[:n], position[:n]", "sampling",
+    ),
+    (
+        "a token written over the last one", "common.py",
+        "self.keys[:, :, L:], self.values[:, :, L:] = keys, values",
+        "self.keys[:, :, L - 1 : -1], self.values[:, :, L - 1 : -1] = keys, values", "sampling",
     ),
     (
         "capped logits scored uncapped", "common.py",
