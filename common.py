@@ -474,7 +474,7 @@ def tiny_tokenizer():
 def fit(model, batch_loss, steps: int, peak_lr: float, name: str) -> None:
     """Supervised learning: AdamW, cosine to 0. batch_loss(i): the loss of batch i = 0, 1, 2 ..."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        model.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.0
     )
     bar = tqdm(range(1, steps + 1), desc=name, unit="step")
     for step in bar:
@@ -855,7 +855,7 @@ def predicting_states(model, rollout: Rollout, head_alone: bool) -> Tensor:
     from transformers import DynamicCache
 
     T = rollout.completion_ids.shape[1]
-    mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)[:, :-1]  # [N, P + T - 1]
+    mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)  # [N, P + T]
     position = positions(mask)
 
     def states(ids, mask, position, keep, cache=None):
@@ -868,12 +868,14 @@ def predicting_states(model, rollout: Rollout, head_alone: bool) -> Tensor:
     marked = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)  # [N, P]
     prompts, prompt_of = marked.unique(dim=0, return_inverse=True)  # [U, P], [N]
     if len(prompts) == len(mask) or T == 1 or model.training:  # nothing shared, or checkpointing
-        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)[:, :-1]
-        return states(ids, mask, position, T)
+        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)
+        return states(ids, mask, position, T + 1)[:, :-1]
     cache, real = DynamicCache(config=model.config), prompts >= 0
     first = states(prompts.clamp(min=0), real, positions(real), 1, cache)  # [U, 1, H]
     cache.batch_select_indices(prompt_of)
-    rest = states(rollout.completion_ids[:, :-1], mask, position[:, 1 - T :], T - 1, cache)
+    rest = states(
+        rollout.completion_ids[:, :-1], mask[:, :-1], position[:, -T:-1], T - 1, cache
+    )  # [N, T - 1, H]
     return torch.cat([first[prompt_of], rest], 1)
 
 

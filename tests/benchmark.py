@@ -108,6 +108,8 @@ def our_trainer():
 def update(model, optimizer, rollout, rewards) -> None:
     """Parts 2 and 3 of gpg.train after one round. rewards [B, G]"""
     valid, alpha = gpg.is_valid(rewards), gpg.gradient_scale(rewards)
+    if alpha == 0:  # every group is dead: nothing to learn
+        return
     live = rollout.rows(valid.repeat_interleave(rewards.shape[1]))
     advantages = gpg.group_advantages(rewards[valid]).flatten()
     total = rollout.completion_mask.sum().item()

@@ -178,7 +178,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ),
     (
         "scored one position late", "common.py",
-        "rollout.completion_ids], 1)[:, :-1]", "rollout.completion_ids], 1)[:, 1:]", "sampling",
+        "position, T + 1)[:, :-1]", "position, T)", "sampling",
     ),
     (
         "scored one position late after a shared prompt", "common.py",
