@@ -872,11 +872,11 @@ def predicting_states(model, rollout: Rollout, head_alone: bool) -> Tensor:
         return states(ids, mask, position, T + 1)[:, :-1]
     cache, real = DynamicCache(config=model.config), prompts >= 0
     first = states(prompts.clamp(min=0), real, positions(real), 1, cache)  # [U, 1, H]
-    cache.batch_select_indices(prompt_of)
+    cache.reorder_cache(prompt_of)  # by index_select: indexing would add gradients in any order
     rest = states(
         rollout.completion_ids[:, :-1], mask[:, :-1], position[:, -T:-1], T - 1, cache
     )  # [N, T - 1, H]
-    return torch.cat([first[prompt_of], rest], 1)
+    return torch.cat([first.index_select(0, prompt_of), rest], 1)
 
 
 @torch.no_grad()

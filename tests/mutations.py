@@ -182,16 +182,20 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ),
     (
         "scored one position late after a shared prompt", "common.py",
-        "torch.cat([first[prompt_of], rest], 1)", "torch.cat([rest, rest[:, -1:]], 1)", "sampling",
+        "torch.cat([first.index_select(0, prompt_of), rest], 1)", "torch.cat([rest, rest[:, -1:]], 1)", "sampling",
     ),
     (
         "shared prompts mixed up", "common.py",
-        "[first[prompt_of], rest]", "[first.repeat(len(mask) // len(first), 1, 1), rest]", "sampling",
+        "[first.index_select(0, prompt_of), rest]", "[first.repeat(len(mask) // len(first), 1, 1), rest]", "sampling",
     ),
     (
         "a shared prompt's padding read", "common.py",
         "real = DynamicCache(config=model.config), prompts >= 0",
         "real = DynamicCache(config=model.config), prompts >= -1", "sampling",
+    ),
+    (
+        "gradients of a shared prompt in any order", "common.py",
+        "cache.reorder_cache(prompt_of)", "cache.batch_select_indices(prompt_of)", "sampling",
     ),
     (
         "no gradient through a shared prompt", "common.py",

@@ -309,6 +309,20 @@ def test_a_prompt_is_read_once_when_sampled_and_when_scored(loaded):
     assert tokens == [prompt_tokens, 16 * (T - 1)]
 
 
+def test_gradients_repeat_bit_for_bit(small):
+    """Where the gradients of many rows meet, in a shared prompt, threads may not take turns."""
+    model, tokenizer = small
+    rollout = sample(model, tokenizer, ["x" * 60, "y" * 70], 64, 4)
+    threads, gradients = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    for _ in range(8):
+        model.zero_grad()
+        completion_logprobs(model, rollout).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def test_masked_mean():
     x, mask = torch.tensor([[1.0, 5.0], [3.0, 7.0]]), torch.tensor([[1, 0], [1, 0]])
     assert common.masked_mean(x, mask) == 2.0
