@@ -352,9 +352,17 @@ def test_the_first_update_has_ratio_1(tmp_path, monkeypatch, model_dirs, family)
 
 def test_later_updates_are_clipped(tmp_path, monkeypatch, model_dirs):
     """The old log-probs stay those of the sampler: in later passes the ratio leaves 1."""
+    distances = []
+
+    def loss_and_look(logprobs, old, *others):
+        distances.append(float((logprobs - old).detach().abs().max()))
+        return grpo_loss(logprobs, old, *others)
+
+    monkeypatch.setattr(grpo, "grpo_loss", loss_and_look)
     flags = ["--updates-per-batch", 3, "--minibatches", 2, "--lr", 1e-3, "--group-size", 16]
     flags += ["--warmup", 0, "--kl-beta", 0]
     run, rows = run_grpo(tmp_path, monkeypatch, model_dirs["qwen2"], Variety(), *flags)
+    assert distances[0] < 1e-4 and min(distances[-4:]) > 0.1  # the loss sees it too
     for row in rows:
         assert row["ratio_min"] < 0.8 and row["ratio_max"] > 1.2
         assert 0.01 < row["clip_share"] < 1 and "kl" not in row
