@@ -321,12 +321,12 @@ def start(repeats: int) -> None:
 
 
 def full_length_step(B: int, G: int, T: int, repeats: int) -> dict:
-    _, model, tokenizer, _ = our_trainer()
+    task, model, tokenizer, optimizer = our_trainer()
     model.generation_config.eos_token_id = tokenizer.eos_token = None  # all of length T
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
+    prompts = common.get_prompts(task, range(B))  # B different ones: equal ones would be shared
 
     def step():
-        rollout = common.sample(model, tokenizer, ["12+345="] * B, G, T)
+        rollout = common.sample(model, tokenizer, prompts, G, T)
         update(model, optimizer, rollout, torch.rand(B, G))
 
     seconds = [timed(step)[0] for _ in range(1 + repeats)][1:]
