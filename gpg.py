@@ -1,16 +1,19 @@
-"""GPG, Group Policy Gradient (Chu et al. 2025, arXiv 2504.02546), for language models.
+"""GPG, Group Policy Gradient (Chu et al. 2025, arXiv 2504.02546v4), for language models.
 
-Sample G completions of each of B prompts, compare every reward with the mean of its group, and
-follow the plain policy gradient. From GRPO it deletes the reference model and the KL to it, the old
-log-probs with their ratio and clip, and the division by the group's standard deviation. It adds a
-correction for groups that teach nothing because all their rewards are equal, and a threshold: while
-too few groups teach something, it samples on.
+Sample G completions for each of B prompts, compare each reward with the mean of its group, and
+follow the plain policy gradient. Compared with GRPO, there is no reference model and no KL, no
+ratio to old log-probs and no clip, and no division by the group's standard deviation. GPG adds
+alpha (the paper's AGE, accurate gradient estimation), which makes up for the dead groups, those
+whose rewards are all equal; and a threshold: while too few groups are valid, it samples again.
 
     A_i   = (r_i - mean(r_1 .. r_G)) / F_norm, with F_norm = 1                            eq. 6
-    J     = 1 / sum_i |o_i| * sum_i sum_t -log pi(o_it | q, o_i<t) A_i, to minimise       eq. 5
-    alpha = B / (B - M), where M of the B groups are dead: equal rewards, gradient 0      eq. 7
+    J     = sum_i sum_t -log pi(o_it | q, o_i<t) A_i / sum_i |o_i|, to minimise           eq. 5
+    alpha = B / (B - M), where M of the B groups are dead                                 eq. 7
     J^    = alpha J                                                                       eq. 8
-    sample on until (B - M) / B >= beta_th                                         Algorithm 1
+    sample again while (B - M) / B < beta_th                                       Algorithm 1
+
+As printed, eq. 5 divides the tokens of each group by the length of that group. Here, as in the
+authors' code, the sums run over all groups of the batch.
 
     python gpg.py                                            a tiny model learns to add, on a CPU
     python gpg.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k                      on one GPU
@@ -24,22 +27,18 @@ import torch
 from torch import Tensor
 
 import common
-from common import Rollout, at_least_0, positive, share
+from common import Rollout, count, number, positive, share
 
 # --------------------------------------------------------------------------------------------------
 # Arguments
 # --------------------------------------------------------------------------------------------------
 
-# The defaults that depend on the model. The paper trains 7B models, with AdamW at 1e-6 (appendix
-# B.1); a million young weights want, and bear, a rate a hundred times as high.
-TINY = {
-    "lr": 1e-4, "schedule": "cosine", "steps": 120, "max_new_tokens": 48,
-    "micro_batch_tokens": 2048, "eval_every": 10, "save_every": 1,
-}  # fmt: skip
-REAL = {
-    "lr": 1e-6, "schedule": "constant", "steps": 500, "max_new_tokens": 512,
-    "micro_batch_tokens": 8192, "eval_every": 50, "save_every": 25,
-}  # fmt: skip
+# The paper trains 7B models with AdamW at 1e-6 (appendix B.1). The tiny model needs a 100x larger
+# learning rate.
+TINY = {"lr": 1e-4, "schedule": "cosine", "steps": 120, "max_new_tokens": 48}
+TINY |= {"micro_batch_tokens": 2048, "eval_every": 10, "save_every": 1}
+REAL = {"lr": 1e-6, "schedule": "constant", "steps": 500, "max_new_tokens": 512}
+REAL |= {"micro_batch_tokens": 8192, "eval_every": 50, "save_every": 25}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,34 +48,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model and task").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
     add("--task", default="add", help="add, gsm8k, file.jsonl, module:Name-v0 (default: add)")
-    add("--data", help="folder or file with GSM8K, which is downloaded otherwise")
     add("--no-chat-template", action="store_true", help="give the model the bare prompt")
 
     add = parser.add_argument_group("Group Policy Gradient").add_argument
-    add("--prompts", type=positive(int), default=16, help="B per step (default: 16; paper: 144)")
-    add("--group-size", type=positive(int), default=8, help="G (default: 8, as the paper)")
-    add("--f-norm", choices=["1", "std"], default="1", help="eq. 6 (default: 1, as the paper)")
+    add("--prompts", type=count, default=16, help="B per step (default: 16; paper: 144)")
+    add("--group-size", type=number(int, 2), default=8, help="G (default: 8, as in the paper)")
+    add("--f-norm", choices=["1", "std"], default="1", help="eq. 6 (default: 1, as in the paper)")
     add("--no-alpha", action="store_true", help="alpha = 1 in eq. 8")
-    add("--beta-th", type=share, default=0.6, help="0: off (default: 0.6, as the paper)")
-    add("--max-rounds", type=positive(int), default=4, help="most batches a step (default: 4)")
+    add("--beta-th", type=share, default=0.6, help="0: off (default: 0.6, as in the paper)")
+    add("--max-rounds", type=count, help="at most this many batches per step (default: 4)")
 
     add = parser.add_argument_group("sampling and optimisation").add_argument
-    add("--max-new-tokens", type=positive(int), help="default: 512; tiny: 48")
-    add("--temperature", type=positive(float), default=1.0, help="to sample and to score alike")
-    add("--steps", type=positive(int), help="default: 500; tiny: 120")
-    add("--lr", type=positive(float), help="default: 1e-6, as the paper; tiny: 1e-4")
-    add("--warmup", type=at_least_0(int), default=10, help="steps of linear warm-up (default: 10)")
+    add("--max-new-tokens", type=count, help="default: 512; tiny: 48")
+    add("--temperature", type=positive, default=1.0, help="of sampling and scoring (default: 1)")
+    add("--steps", type=count, help="default: 500; tiny: 120")
+    add("--lr", type=positive, help="default: 1e-6, as in the paper; tiny: 1e-4")
+    add("--warmup", type=number(int, 0), default=10, help="steps of linear warm-up (default: 10)")
     add("--schedule", choices=["constant", "cosine"], help="default: constant; tiny: cosine")
-    add("--weight-decay", type=at_least_0(float), default=0.0, help="default: 0; paper: 0.1")
-    add("--clip-grad", type=positive(float), default=1.0, help="norm of the gradient (default: 1)")
-    add("--micro-batch-tokens", type=positive(int), help="per forward pass; changes no result")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="default: 0; paper: 0.1")
+    add("--clip-grad", type=positive, default=1.0, help="gradient norm (default: 1)")
+    add("--micro-batch-tokens", type=count, help="per forward pass; does not change the result")
     add("--grad-checkpointing", action="store_true", help="less memory, a third more time")
 
     common.add_run_flags(parser)
-    args = common.parse_flags(parser, argv, TINY, REAL)
-    if args.group_size == 1:
-        raise common.UserError("--group-size 1: a group needs another reward to compare with")
-    return args
+    return common.parse_flags(parser, argv, defaults)
+
+
+def defaults(args: argparse.Namespace) -> dict:
+    """The defaults that depend on other flags."""
+    if args.max_rounds and args.beta_th == 0:
+        raise common.UserError("--max-rounds does nothing with --beta-th 0, which never resamples")
+    return (TINY if args.model == "tiny" else REAL) | {"max_rounds": 4}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def is_valid(rewards: Tensor) -> Tensor:
-    """rewards [B, G] -> [B], True for a group that teaches something: not all rewards are equal.
+    """rewards [B, G] -> [B], True for a valid group, False for a dead one: all rewards equal.
 
     Judged on the raw rewards: in floating point the mean of eight times 0.1 is not 0.1.
     """
@@ -101,9 +103,9 @@ def group_advantages(rewards: Tensor, f_norm: str = "1") -> Tensor:
 def gradient_scale(rewards: Tensor) -> float:
     """rewards [B, G] -> alpha = B / (B - M), with M dead groups (eq. 7); 0.0 if all are dead.
 
-    Dead groups add nothing to the sum of eq. 5 but count in its denominator; alpha takes them out
-    again. This is exact for a mean over groups. Eq. 5 is a mean over tokens, where it is exact if
-    dead groups are as long as the others; alpha = 1 and the tokens of valid groups always are.
+    Dead groups add nothing to the sum of eq. 5, but they count in its denominator; alpha takes them
+    out again. This is exact for a mean over groups. For the mean over all tokens of the batch it is
+    exact if dead groups are as long as valid ones.
     """
     B, valid = len(rewards), int(is_valid(rewards).sum())
     return B / valid if valid else 0.0
@@ -118,16 +120,16 @@ def gpg_loss(
 ) -> Tensor:
     """The scalar to minimise (eq. 5 and 8).
 
-    total_tokens is sum |o_i| of the whole batch, which makes the losses of micro-batches add up to
-    the loss of the batch. Without it the mask is taken for the whole batch.
+    total_tokens is sum_i |o_i| over the whole batch, so that the losses of micro-batches add up to
+    the loss of the batch. By default these rows are the whole batch.
     """
     total_tokens = mask.sum() if total_tokens is None else total_tokens
     return alpha * (-logprobs * advantages[:, None] * mask).sum() / total_tokens
 
 
 def choose_groups(valid: Tensor, B: int) -> Tensor:
-    """valid [rounds * B] -> numbers of the groups in the batch: all V valid ones of all rounds, and
-    dead ones up to B, those of the last round first. [max(B, V)]"""
+    """valid [rounds * B] -> indices of the groups in the batch, [max(B, V)]: the V valid groups of
+    all rounds, then dead groups up to B, those of the last round first."""
     alive, dead = valid.nonzero().squeeze(1), (~valid).nonzero().squeeze(1)
     return torch.cat([alive, dead.flip(0)[: max(0, B - len(alive))]])
 
@@ -136,23 +138,23 @@ def choose_groups(valid: Tensor, B: int) -> Tensor:
 # Training
 # --------------------------------------------------------------------------------------------------
 
+COLUMNS = """step reward_mean reward_std valid_share alpha loss grad_norm entropy completion_length
+truncated_share lr tokens_per_second seconds rounds
+eval_accuracy eval_accuracy_stderr eval_greedy eval_pass_at_k"""
+
 
 def train(args: argparse.Namespace) -> common.Run:
-    run = common.Run(args)
-    device = common.pick_device(args.device)
-    task = common.make_task(args.task, "train", args.data)
-    test_task = common.make_task(args.task, "test", args.data)
+    run = common.Run(args, COLUMNS)
+    task, test_task = common.make_task(args.task), common.make_task(args.task, "test")
     model, tokenizer = common.load_model(
-        run.model_name(args.model), device, task, not args.no_chat_template, args.grad_checkpointing
-    )
+        run.weights or args.model, args.device, task, not args.no_chat_template,
+        args.grad_checkpointing,
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     torch.manual_seed(args.seed)
-    before = None if run.loaded else common.evaluate(model, tokenizer, test_task, args)
-    columns = [*common.COLUMNS, "rounds"]
-    run.begin(optimizer, columns)  # whatever is wrong with the input has shown by now
-    if before:
-        run.log(0, evaluation=before)
-        run.save(model, tokenizer, optimizer)
+    run.begin(
+        model, tokenizer, optimizer, lambda: common.evaluate(model, tokenizer, test_task, args)
+    )
 
     B, G = args.prompts, args.group_size
     for step in run.steps(args.steps):
@@ -161,12 +163,11 @@ def train(args: argparse.Namespace) -> common.Run:
         for _ in range(args.max_rounds):
             problems = run.next_problems(B)
             prompts += common.get_prompts(task, problems)
-            rollouts.append(
-                common.sample(
-                    model, tokenizer, prompts[-B:], G, args.max_new_tokens, args.temperature
-                )
+            rollout = common.sample(
+                model, tokenizer, prompts[-B:], G, args.max_new_tokens, args.temperature
             )
-            new_rewards, _ = common.get_rewards(task, problems, rollouts[-1].texts)  # [B, G]
+            rollouts.append(rollout)  # B * G rows
+            new_rewards, _ = common.get_rewards(task, problems, rollout.texts)  # [B, G]
             rewards = torch.cat([rewards, new_rewards])  # [rounds * B, G]
             valid = is_valid(rewards)  # [rounds * B]
             if valid.sum() / B >= args.beta_th:
@@ -179,15 +180,15 @@ def train(args: argparse.Namespace) -> common.Run:
         if args.no_alpha and alpha > 0:
             alpha = 1.0
         group_tokens = rollout.completion_mask.view(len(rewards), -1).sum(1).cpu()  # [rounds * B]
-        total_tokens = group_tokens[batch].sum().item()  # sum |o_i|, those of dead groups too
+        total_tokens = group_tokens[batch].sum().item()  # sum_i |o_i|, dead groups included
 
-        # 3. One gradient step. Dead groups have gradient 0: they do not go through the model again.
+        # 3. One gradient step. Dead groups have no gradient, so they skip the model.
         loss = grad_norm = 0.0
         lr = common.learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         if alpha > 0:
             advantages = group_advantages(rewards[valid], args.f_norm)  # [V, G]
-            advantages = advantages.flatten().to(device)  # [V * G]
-            live = rollout.rows(valid.repeat_interleave(G).to(device))  # V * G rows
+            advantages = advantages.flatten().to(model.device)  # [V * G]
+            live = rollout.rows(valid.repeat_interleave(G).to(model.device))  # V * G rows
             for rows in common.micro_batches(live, args.micro_batch_tokens):
                 mb = live.rows(rows)  # n rows
                 logprobs = common.completion_logprobs(model, mb, args.temperature)  # [n, T]
@@ -196,25 +197,20 @@ def train(args: argparse.Namespace) -> common.Run:
                 )
                 mb_loss.backward()
                 loss += mb_loss.item()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad).item()
-            run.check_finite(step, loss=loss, grad_norm=grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                model.parameters(), args.clip_grad, error_if_nonfinite=True
+            ).item()
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
         else:
-            run.state["skipped"] += 1
-            run.warn(step, "every group is dead (equal rewards): nothing to learn, step skipped")
+            run.warn("every group is dead (equal rewards): nothing to learn, step skipped")
 
-        # 4. Write it down.
-        evaluation = None
-        if step % args.eval_every == 0 or step == args.steps:
-            evaluation = common.evaluate(model, tokenizer, test_task, args)
+        # 4. Record the step.
         run.log(
-            step, prompts, rollout, rewards, evaluation, valid_share=valid.double().mean().item(),
-            alpha=alpha, loss=loss, grad_norm=grad_norm, lr=lr, rounds=len(rollouts),
+            prompts, rollout, rewards, valid_share=valid.double().mean().item(), alpha=alpha,
+            loss=loss, grad_norm=grad_norm, lr=lr, rounds=len(rollouts),
         )  # fmt: skip
-        run.save(model, tokenizer, optimizer)
-    run.finish(model)
     return run
 
 

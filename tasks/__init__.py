@@ -1,0 +1,25 @@
+"""What a model is asked and how it is rewarded.
+
+Every task is registered with Gymnasium: `gymnasium.make("add", split="test")`.
+"""
+
+import gymnasium
+
+from .addition import Addition
+from .base import TextTask, UserError, cache_dir
+from .episodes import get_prompts, get_rewards, held_out, make_task
+from .jsonl import GSM8K, JSONLines
+from .posts import Posts
+from .verifier import extract_answer, is_correct
+
+__all__ = [
+    "GSM8K", "Addition", "JSONLines", "Posts", "TextTask", "UserError", "cache_dir",
+    "extract_answer", "get_prompts", "get_rewards", "held_out", "is_correct", "make_task",
+]  # fmt: skip
+
+gymnasium.register("add", Addition)
+gymnasium.register("add-hard", Addition, kwargs={"hard": True})
+for digits in range(1, 7):
+    gymnasium.register(f"add{digits}", Addition, kwargs={"digits": digits})
+gymnasium.register("gsm8k", GSM8K)
+gymnasium.register("posts", Posts)

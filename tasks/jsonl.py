@@ -1,0 +1,121 @@
+"""Problems from a JSONL file, and GSM8K."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .base import TextTask, UserError, cache_dir
+from .verifier import extract_answer, is_correct
+
+
+class JSONLines(TextTask):
+    """A file with one JSON object per line: `prompt` (or `question`) and `answer`.
+
+    Every tenth record is held out for the test. Each training epoch has an order of its own; the
+    test keeps the order of the file.
+    """
+
+    instruction = ""
+
+    def __init__(self, path: Path, split: str = "train"):
+        super().__init__(split)
+        self.records = self.choose(read_records(path))  # [(prompt, answer)]
+        self.size = len(self.records)
+
+    def choose(self, records: list) -> list:
+        held_out = self.split == "test"
+        return [r for i, r in enumerate(records) if (i % 10 == 0) == held_out] or records
+
+    def record(self, index):
+        epoch, i = divmod(index, self.size)
+        return self.records[shuffled(self.size, epoch)[i] if self.split == "train" else i]
+
+    def problem(self, index):
+        question, answer = self.record(index)
+        return question + self.instruction, extract_answer(answer) if "####" in answer else answer
+
+    def reward(self, completion, answer):
+        return float(is_correct(completion, answer))
+
+    def demonstration(self, index):
+        return re.sub(r"<<.*?>>", "", self.record(index)[1])  # without GSM8K's calculator notes
+
+
+class GSM8K(JSONLines):
+    """Grade-school maths (Cobbe et al. 2021, arXiv 2110.14168), downloaded once from its authors.
+
+    Without a network, put train.jsonl and test.jsonl into ~/.cache/policy-gradients/gsm8k.
+    """
+
+    url = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
+    instruction = "\nReason step by step, then write the final answer as \\boxed{answer}."
+
+    def __init__(self, split: str = "train"):
+        path = cache_dir() / "gsm8k" / f"{split}.jsonl"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(f"{self.url}/{split}.jsonl", str(path))
+            except OSError as error:
+                raise UserError(
+                    f"GSM8K could not be downloaded ({error}): put its train.jsonl and test.jsonl "
+                    f"into {path.parent}"
+                ) from error
+        super().__init__(path, split)
+
+    def choose(self, records):
+        return records  # the authors' own split
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(n: int, seed: int) -> list[int]:
+    """The numbers 0 to n - 1 in a random order."""
+    return random.Random(seed).sample(range(n), n)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """Every record of a JSONL file, with the name of its line for error messages.
+
+    Raises UserError for a file without records and for a line that is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # -sig: a BOM is fine
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from error
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{path}: no records in it")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not a JSON object ({error})") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: not a JSON object")
+        yield where, record
+
+
+def read_records(path: Path) -> list[tuple[str, str]]:
+    """A JSONL file as [(prompt, answer)]. Raises UserError with the number of a bad line."""
+    records = []
+    for where, record in json_lines(path):
+        prompt = record.get("prompt", record.get("question"))
+        answer = record.get("answer")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{where}: needs a text under 'prompt' or 'question'")
+        if type(answer) not in (str, int, float) or not str(answer).strip():
+            raise UserError(f"{where}: needs a text or a number under 'answer'")
+        records.append((prompt, str(answer)))
+    return records

@@ -1,0 +1,147 @@
+"""Tiny models for the CPU: made from a config, warm-started on demonstrations, cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    get_cosine_schedule_with_warmup,
+)
+
+from .base import UserError, cache_dir
+
+# A Llama of 0.9 million parameters, and the supervised run it starts from.
+TINY = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.06,
+    "tie_word_embeddings": True,
+}
+WARM_START = {"steps": 350, "tokens_per_step": 2048, "lr": 2e-3}
+
+
+def tiny_model(task: gymnasium.Env) -> str:
+    """The directory of a tiny model that imitates the task's demonstrations.
+
+    It is made on the CPU the first time, then cached. Raises UserError for a task that has no
+    demonstrations.
+    """
+    task = task.unwrapped
+    if not hasattr(task, "demonstration"):
+        raise UserError(
+            f"--model tiny imitates demonstrations, and {type(task).__name__} has none: give it a "
+            "method demonstration(index), or name another --model"
+        )
+    words, size = getattr(task, "words", None), getattr(task, "size", None)
+    shown = range(size) if size else range(0, 100_000, 97)  # of an endless task, a sample
+    demonstrations = [(task.reset(seed=i)[0], task.demonstration(i)) for i in shown]
+
+    def make(directory: Path) -> None:
+        tokenizer = tiny_tokenizer(words)
+        special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        special |= {"vocab_size": len(tokenizer), "bos_token_id": None}
+        model = LlamaForCausalLM(LlamaConfig(**TINY, **special))
+        warm_start(model, tokenizer, task)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    return cached_model(["Llama", TINY, WARM_START, words, demonstrations], make)
+
+
+def tiny_tokenizer(words: list[str] | None = None):
+    """One token per byte, so that it can write every text; or, given `words`, one per word."""
+    if words is None:  # Qwen2's tokenizer without merges
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 of them
+        vocab = {token: i for i, token in enumerate([*alphabet, "<|endoftext|>", "<|pad|>"])}
+        return Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|pad|>")
+    vocab = {token: i for i, token in enumerate(["<unk>", "<eos>", "<pad>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+def warm_start(model, tokenizer, task) -> None:
+    """Supervised learning on the task's demonstrations, each seen once."""
+    index = 0
+
+    def batch_loss(step: int) -> Tensor:
+        nonlocal index
+        rows, labels, tokens = [], [], 0
+        while tokens < WARM_START["tokens_per_step"]:
+            prompt = tokenizer(task.reset(seed=index)[0]).input_ids
+            completion = [*tokenizer(task.demonstration(index)).input_ids, tokenizer.eos_token_id]
+            rows.append(torch.tensor(prompt + completion))
+            labels.append(torch.tensor([-100] * len(prompt) + completion))  # -100: no loss
+            tokens += len(rows[-1])
+            index += 1
+        ids = pad_sequence(rows, batch_first=True)
+        return model(ids, labels=pad_sequence(labels, True, -100)).loss
+
+    fit(model, batch_loss, WARM_START["steps"], WARM_START["lr"], "warm-start of the tiny model")
+
+
+def fit(model, batch_loss: Callable[[int], Tensor], steps: int, lr: float, name: str) -> None:
+    """Supervised learning with AdamW; batch_loss(step) is the loss of batch 0, 1, 2 ..."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 7, steps)
+    bar = tqdm(range(steps), desc=name, unit="step")
+    for step in bar:
+        loss = batch_loss(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def cached_model(recipe: list, make: Callable[[Path], None]) -> str:
+    """The directory of a model that make(directory) saves: made the first time, then cached.
+
+    It is named by a hash of `recipe`, which holds everything that shapes the model. A directory
+    whose files are not, byte for byte, those that were written is made again.
+    """
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    path = cache_dir() / f"tiny-{digest[:16]}"
+
+    def checksum(folder: Path) -> str:
+        files = sorted(file for file in folder.iterdir() if file.name != "checksum")
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+    def whole() -> bool:
+        try:
+            return (path / "checksum").read_text() == checksum(path)
+        except OSError:
+            return False
+
+    if not whole():
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            make(new)
+        (new / "checksum").write_text(checksum(new))
+        shutil.rmtree(new if whole() else path, ignore_errors=True)  # another run was faster
+        if new.exists():
+            new.rename(path)
+    return str(path)
