@@ -263,12 +263,13 @@ def draw_figure(curves: dict, policies: dict, limits: dict, path: Path) -> None:
     floor = 1e-5  # a logarithmic axis has no 0
     figure, (paper, ours, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for number, (method, curve) in enumerate(curves.items()):  # [epochs + 1, S]
-        axis, look = (paper if method in PAPER else ours), {"color": f"C{number}"}
+        axis = paper if method in PAPER else ours
+        look = {"color": f"C{number}", "ls": "-" if number % 2 else "--"}
         epochs, curve = np.arange(len(curve)), curve.clip(floor)
         axis.plot(epochs, curve.mean(1), **look, lw=1.8, label=method)
-        axis.axhline(max(float(regret(limits[method])), floor), **look, lw=0.8, ls=":")
+        axis.axhline(max(float(regret(limits[method])), floor), color=f"C{number}", lw=0.8, ls=":")
         if method in PAPER:
-            axis.fill_between(epochs, curve.min(1), curve.max(1), **look, alpha=0.2, lw=0)
+            axis.fill_between(epochs, curve.min(1), curve.max(1), color=f"C{number}", alpha=0.2)
     for axis, title in ((paper, "the paper's four (its figure 1)"), (ours, "four more, means")):
         axis.set(yscale="log", ylim=(floor / 1.5, 1.5), xlabel="epoch", title=title)
         if axis.lines:
@@ -280,8 +281,8 @@ def draw_figure(curves: dict, policies: dict, limits: dict, path: Path) -> None:
         right.bar(positions, heights, 0.26, color=shade, label=f"arm {arm}, reward {R[arm]:g}")
         right.axhline(float(optimal_policy()[arm]), color="black", lw=0.8, ls=":")
     right.set_xticks(range(len(policies)), policies, fontsize=8, rotation=30)
-    right.set_title("final policies, means over seeds; dotted: pi*")
-    right.legend(frameon=False, fontsize=9)
+    right.set(title="final policies, means over seeds; dotted: pi*", ylim=(0, 1.05))
+    right.legend(frameon=False, fontsize=8, ncol=3, loc="upper center")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -78,13 +78,15 @@ class Rollout:
     def cat(rollouts: list[Rollout]) -> Rollout:
         """All rows of several rollouts, padded to the longest prompt and completion."""
 
-        def padded(name: str, side: str) -> Tensor:
-            rows = [row for rollout in rollouts for row in getattr(rollout, name)]
-            return pad_sequence(rows, batch_first=True, padding_side=side)
+        def padded(name: str, left: bool) -> Tensor:
+            tensors = [getattr(rollout, name) for rollout in rollouts]
+            L = max(x.shape[1] for x in tensors)
+            room = ((L - x.shape[1], 0) if left else (0, L - x.shape[1]) for x in tensors)
+            return torch.cat([F.pad(x, n) for x, n in zip(tensors, room, strict=True)])
 
-        prompt = (padded(name, "left") for name in ("prompt_ids", "prompt_mask"))
+        prompt = (padded(name, left=True) for name in ("prompt_ids", "prompt_mask"))
         completion = ("completion_ids", "completion_mask", "logprobs")
-        completion = (padded(name, "right") for name in completion)
+        completion = (padded(name, left=False) for name in completion)
         truncated = torch.cat([rollout.truncated for rollout in rollouts])
         texts = [text for rollout in rollouts for text in rollout.texts]
         return Rollout(*prompt, *completion, truncated, texts)
@@ -113,38 +115,39 @@ def sample(
 
     def next_logits(ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:  # [n, V]
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position}
-        with autocast(device):
-            return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-                :, -1
-            ]
+        inputs |= {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        return model(**inputs).logits[:, -1]
 
-    logits = next_logits(prompt_ids, prompt_mask, positions(prompt_mask))  # [B, V]
-    repeat_cache(cache, G, room=T)
-    logits = logits.repeat_interleave(G, 0)  # [N, V]
-    prompt_ids = prompt_ids.repeat_interleave(G, 0)  # [N, P]
-    prompt_mask = prompt_mask.repeat_interleave(G, 0)
+    with autocast(device):  # once around all: it keeps its bf16 copies of the weights
+        logits = next_logits(prompt_ids, prompt_mask, positions(prompt_mask))  # [B, V]
+        repeat_cache(cache, G, room=T)
+        logits = logits.repeat_interleave(G, 0)  # [N, V]
+        prompt_ids = prompt_ids.repeat_interleave(G, 0)  # [N, P]
+        prompt_mask = prompt_mask.repeat_interleave(G, 0)
 
-    N, P = prompt_ids.shape
-    ids = torch.zeros(N, T, dtype=torch.long, device=device)
-    mask = torch.zeros(N, T, dtype=torch.bool, device=device)
-    logprobs = torch.zeros(N, T, device=device)
-    running = torch.arange(N, device=device)  # the rows without an EOS, in the order of the cache
-    seen = torch.cat([prompt_mask, torch.ones_like(mask)], 1)  # [N, P + T], without the padding
-    position = prompt_mask.sum(1, keepdim=True)  # [N, 1], of the first token to draw
-    for t in range(T):
-        tokens, token_logprobs = draw(logits, temperature)  # [n] for the n running rows
-        ids[running, t], logprobs[running, t], mask[running, t] = tokens, token_logprobs, True
-        alive = ~torch.isin(tokens, stop_ids)
-        n = int(alive.sum())
-        if n == 0 or t == T - 1:
-            running = running[alive]
-            break
-        if n < len(running):  # the last rows take the places of those that ended
-            keep = torch.arange(n, device=device)
-            keep[~alive[:n]] = n + alive[n:].nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            running, tokens, seen, position = (x[keep] for x in (running, tokens, seen, position))
-        logits = next_logits(tokens[:, None], seen[:, : P + t + 1], position + t)
+        N, P = prompt_ids.shape
+        ids = torch.zeros(N, T, dtype=torch.long, device=device)
+        mask = torch.zeros(N, T, dtype=torch.bool, device=device)
+        logprobs = torch.zeros(N, T, device=device)
+        running = torch.arange(N, device=device)  # the rows without an EOS, in the cache's order
+        seen = torch.cat([prompt_mask, torch.ones_like(mask)], 1)  # [N, P + T], not the padding
+        position = prompt_mask.sum(1, keepdim=True)  # [N, 1], of the first token to draw
+        for t in range(T):
+            tokens, token_logprobs = draw(logits, temperature)  # [n] for the n running rows
+            ids[running, t], logprobs[running, t], mask[running, t] = tokens, token_logprobs, True
+            alive = ~torch.isin(tokens, stop_ids)
+            n = int(alive.sum())
+            if n == 0 or t == T - 1:
+                running = running[alive]
+                break
+            if n < len(running):  # the last rows take the places of those that ended
+                keep = torch.arange(n, device=device)
+                keep[~alive[:n]] = n + alive[n:].nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                running, tokens, seen, position = (
+                    x[keep] for x in (running, tokens, seen, position)
+                )
+            logits = next_logits(tokens[:, None], seen[:, : P + t + 1], position + t)
     model.train(training)
 
     T = t + 1
@@ -166,8 +169,10 @@ def draw(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [n, V]
     if temperature == 0:
         tokens = logprobs.argmax(-1, keepdim=True)  # [n, 1]
-    else:
-        tokens = logprobs.exp().multinomial(1)  # [n, 1]
+    else:  # where a uniform number falls in the cumulative distribution; multinomial is slower
+        cdf = logprobs.double().exp().cumsum(-1)  # [n, V]
+        u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device) * cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # [n, 1]
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 
@@ -385,6 +390,11 @@ def load_model(
 
     "tiny" is warm-started on the demonstrations of `task` ("add" if None). Raises UserError.
     """
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # every backend raises its own
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {device}: {reason:.200}; try cpu or cuda") from error
     transformers.utils.logging.disable_progress_bar()
     if name == "tiny":
         name = tiny_model(task or make_task("add"))
@@ -494,11 +504,11 @@ def parse_flags(parser: Parser, argv: list[str] | None, defaults: Callable) -> a
     through the same parser, and only --steps and --device may differ. Raises UserError.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if "" in argv:
+    given, config = parser.parse_args(argv), {}
+    if "" in vars(given).values():
         raise UserError("an argument is empty; --help shows all flags")
-    directory, config = parser.parse_args(argv).resume, {}
-    if directory:
-        path = Path(directory) / "config.json"
+    if given.resume:
+        path = Path(given.resume) / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             script, *command = shlex.split(config["command"])
@@ -506,17 +516,20 @@ def parse_flags(parser: Parser, argv: list[str] | None, defaults: Callable) -> a
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--resume: {path} does not describe a run ({error!r:.100})") from error
         if script != parser.prog:
-            raise UserError(f"--resume {directory}: that is a run of {script}")
-        argv = [*command, *argv]
+            raise UserError(f"--resume {given.resume}: that is a run of {script}")
+        config["out"] = str(Path(given.resume))  # it may have been moved
+        argv = [*command, "--out", config["out"], *argv]
     parser.set_defaults(**defaults(parser.parse_args(argv)))
     args = parser.parse_args(argv)
     names = (f"runs/{Path(parser.prog).stem}{i}" for i in ["", *range(-2, -1000, -1)])
-    args.out = args.out or directory or next(name for name in names if not Path(name).exists())
+    args.out = str(Path(args.out or next(name for name in names if not Path(name).exists())))
     args.command = config.get("command") or shlex.join([parser.prog, *argv])
     for flag in config and vars(args).keys() - {"resume", "steps", "device"}:
         if getattr(args, flag) != config.get(flag):
             flag, value, was = flag.replace("_", "-"), getattr(args, flag), config.get(flag)
-            raise UserError(f"--{flag} {value} contradicts --resume {directory}, where it is {was}")
+            raise UserError(
+                f"--{flag} {value} contradicts --resume {given.resume}, where it is {was}"
+            )
     if config and args.schedule == "cosine" and args.steps != config["steps"]:
         print(f"the cosine schedule now ends at step {args.steps}: the learning rate rises again")
     return args
@@ -563,12 +576,14 @@ class Run:
         if self.resumed:
             try:
                 saved = torch.load(self.checkpoint / "training_state.pt", "cpu", weights_only=True)
-                self.state |= saved["state"]
+                self.state = {name: saved["state"][name] for name in self.state}
                 optimizer.load_state_dict(saved["optimizer"])
                 torch.set_rng_state(saved["rng"])
                 torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
-                for name, size in self.state["bytes"].items():
-                    os.truncate(self.dir / name, size)  # drop what came after the checkpoint
+                for path, size in ((self.dir / x, n) for x, n in self.state["bytes"].items()):
+                    if path.stat().st_size < size:
+                        raise ValueError(f"{path.name} has been cut")
+                    os.truncate(path, size)  # drop what came after the checkpoint
             except Exception as error:  # many ways to be damaged, one line
                 raise UserError(f"{self.checkpoint} is damaged ({error!r:.200})") from error
         new = self.dir / "config.json.new"
@@ -641,7 +656,8 @@ class Run:
             if cut > 0.1:
                 self.warn("over a tenth of the completions end at --max-new-tokens; raise it")
         shown = ("reward_mean", "valid_share", "alpha", "loss", "tokens_per_second")
-        self.bar.set_postfix({name: self.row[name] for name in shown if name in self.row})
+        shown = {name: self.row[name] for name in shown if name in self.row}
+        self.bar.set_postfix(shown, refresh=False)
 
     def end_step(self, evaluate: bool, save: bool) -> None:
         """Evaluate if due, write the step's row and samples, save if due."""
@@ -702,8 +718,8 @@ class Run:
             f"\n{self.args.command}: {state['step']} of {total} steps",
             f"before   {describe(state['before'])}",
             f"after    {describe(state['after'])}",
-            f"took     {state['seconds']:.0f} s, {state['tokens']:,} sampled tokens, "
-            f"{peak / 2**30:.2f} GiB at the peak",
+            f"took     {state['seconds']:.0f} s, {peak / 2**30:.2f} GiB at the peak"
+            + (f", {state['tokens']:,} sampled tokens" if state["tokens"] else ""),
             *(f"warning  {message}: {n} times" for message, n in state["warnings"].items()),
             f"look at  {self.dir}/curves.png, and read {self.dir}/samples.jsonl",
             f"model    {self.checkpoint}, a Hugging Face directory",
@@ -736,7 +752,8 @@ def draw_curves(directory: Path) -> None:
 
     plt.switch_backend("Agg")
     table = np.atleast_1d(np.genfromtxt(directory / "metrics.csv", delimiter=",", names=True))
-    names = [name for name in table.dtype.names[1:] if not np.isnan(table[name]).all()]
+    names = [name for name in table.dtype.names[1:] if not name.endswith("_stderr")]
+    names = [name for name in names if not np.isnan(table[name]).all()]
     rows = math.ceil(len(names) / 4)
     figure, axes = plt.subplots(rows, 4, figsize=(12, 2.2 * rows), layout="constrained")
     for axis in axes.flat:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 import common
 from common import Rollout, UserError, count, number, positive
@@ -463,6 +463,7 @@ def learned_reward_model() -> str:
 
 def load_reward_model(name: str, device, new_head: bool = False):
     """-> (model, tokenizer) of a sequence classifier with one label. Raises UserError."""
+    logging.set_verbosity_error()  # what transformers would report is checked below
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=1, dtype=torch.float32, output_loading_info=True,
@@ -472,7 +473,10 @@ def load_reward_model(name: str, device, new_head: bool = False):
         if wrong and not new_head:
             raise ValueError(f"its {wrong[0]} is missing, or is for another number of labels")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("some of its weights are NaN or infinite")
+        pads = tokenizer.pad_token_id, tokenizer.eos_token_id, 0
+        model.config.pad_token_id = next(pad for pad in pads if pad is not None)
         model.to(device).eval()
         score(model, tokenizer, ["1"], ["1"])
     except Exception as error:  # as in common.load_model

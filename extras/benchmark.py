@@ -1,4 +1,4 @@
-"""Speed and memory, measured beside what one would use instead: `python tests/benchmark.py`.
+"""Speed and memory, measured beside what one would use instead: `python extras/benchmark.py`.
 
 Each side has a process of its own, as in use, and the two take turns: the machine may be shared and
 slow, the ratio of the medians is what counts. Memory is the peak resident set above the loaded
@@ -7,7 +7,7 @@ model (CPU, Linux). TRL is measured where it is installed, and is no requirement
     step      a GPG step of the default run, against TRL's GRPOTrainer; also with dead groups
     sample    sampling, against Hugging Face generate
     logprobs  log-probs with a large vocabulary, against logits as a whole
-    start     from the command to --help, and to the first step
+    start     from the command to --help, and to the end of a run of one step
     growth    time and memory of a step against G, T and B
 """
 
@@ -15,6 +15,7 @@ import argparse
 import concurrent.futures
 import functools
 import importlib.util
+import itertools
 import multiprocessing
 import statistics
 import subprocess
@@ -30,6 +31,8 @@ import torch  # noqa: E402
 
 import common  # noqa: E402
 import gpg  # noqa: E402
+from tasks import is_correct  # noqa: E402
+from tasks.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 
 
 def own_process():
@@ -87,7 +90,7 @@ def random_qwen2(**sizes):
     config = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258}
     config |= {"eos_token_id": None, "pad_token_id": 257, "max_position_embeddings": 1024}
     model = Qwen2ForCausalLM(Qwen2Config(**config | sizes)).eval()
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     return model, tokenizer
 
@@ -100,24 +103,24 @@ STEPS = 8  # in a turn
 @functools.cache
 def our_trainer():
     task = common.make_task("add")
-    model, tokenizer = common.load_model(common.tiny_model(task), "cpu")
+    model, tokenizer = common.load_model("tiny", "cpu", task)
     loaded()
     return task, model, tokenizer, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-def update(model, optimizer, rollout, rewards) -> None:
+def update(model, optimizer, rollout, rewards, micro_batch_tokens=2048) -> None:
     """Parts 2 and 3 of gpg.train after one round. rewards [B, G]"""
     valid, alpha = gpg.is_valid(rewards), gpg.gradient_scale(rewards)
     if alpha == 0:  # every group is dead: nothing to learn
         return
-    live = rollout.rows(valid.repeat_interleave(rewards.shape[1]))
-    advantages = gpg.group_advantages(rewards[valid]).flatten()
+    live = rollout.rows(valid.repeat_interleave(rewards.shape[1]).to(model.device))
+    advantages = gpg.group_advantages(rewards[valid]).flatten().to(model.device)
     total = rollout.completion_mask.sum().item()
-    for rows in common.micro_batches(live, gpg.TINY["micro_batch_tokens"]):
+    for rows in common.micro_batches(live, micro_batch_tokens):
         mb = live.rows(rows)
         logprobs = common.completion_logprobs(model, mb)
         gpg.gpg_loss(logprobs, advantages[rows], mb.completion_mask, alpha, total).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -152,7 +155,7 @@ def trl_trainer(dead_share: float):
 
     def reward(prompts, completions, **_):
         return [
-            0.0 if p in dead else float(common.is_correct(c, answers[p]))
+            0.0 if p in dead else float(is_correct(c, answers[p]))
             for p, c in zip(prompts, completions, strict=True)
         ]
 
@@ -172,7 +175,7 @@ def trl_trainer(dead_share: float):
             seconds.append(time.perf_counter() - self.start)
             control.should_training_stop = len(seconds) % STEPS == 0
 
-    model, tokenizer = common.load_model(common.tiny_model(task), "cpu")
+    model, tokenizer = common.load_model("tiny", "cpu", task)
     loaded()
     trainer = GRPOTrainer(
         model, reward, args=config, processing_class=tokenizer, callbacks=[Watch()],
@@ -273,7 +276,7 @@ def logprobs_and_gradient(naive: bool) -> dict:
     ids = torch.randint(1000, (N, P + T))
     ones = torch.ones(N, P + T, dtype=torch.bool)
     rollout = common.Rollout(
-        ids[:, :P], ones[:, :P], ids[:, P:], ones[:, P:], torch.zeros(N, T), [""] * N
+        ids[:, :P], ones[:, :P], ids[:, P:], ones[:, P:], torch.zeros(N, T), ones[:, 0], [""] * N
     )
     common.head_gives_logits(model)  # tried once per model
     loaded()
@@ -304,18 +307,22 @@ def logprobs(repeats: int) -> None:
 
 
 def start(repeats: int) -> None:
-    def median(*argv):
+    def median(*argv, out=None):
         def command():
-            subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, check=True)
+            flags = ["--out", next(out)] if out else []
+            subprocess.run(
+                [sys.executable, *argv, *flags], cwd=ROOT, capture_output=True, check=True
+            )
 
         return statistics.median([timed(command)[0] for _ in range(repeats + 1)][1:])
 
-    common.tiny_model(common.make_task("add"))  # cached from here on
-    with tempfile.TemporaryDirectory() as out:
-        flags = ["--steps", "1", "--out", out, "--overwrite", "--eval-problems", "1"]
+    tiny_model(common.make_task("add"))  # cached from here on
+    with tempfile.TemporaryDirectory() as folder:
+        outs = (f"{folder}/{i}" for i in itertools.count())
+        flags = ["--steps", "1", "--eval-problems", "1"]
         print(
-            f"start: --help {median('gpg.py', '--help'):.1f} s; to the end of a first step, and of "
-            f"the run, {median('gpg.py', *flags):.1f} s",
+            f"start: --help {median('gpg.py', '--help'):.1f} s; a run of a single step "
+            f"{median('gpg.py', *flags, out=outs):.1f} s",
             flush=True,
         )
 
@@ -349,9 +356,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("parts", nargs="*", help="default: all")
+    parser.add_argument("--repeats", type=common.count, default=5, help="default: 5")
     args = parser.parse_args()
+    if unknown := set(args.parts) - set(parts):
+        parser.error(f"no such part: {min(unknown)}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     for name in args.parts or parts:
         parts[name](args.repeats)

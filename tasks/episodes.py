@@ -69,8 +69,8 @@ def get_rewards(
         with point_at(f"problem {index}, completion {completion!r:.200}"):
             _, reward, terminated, _, info = task.step(completion)
         try:
-            value = torch.tensor(reward, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError):
+            value = torch.as_tensor(reward, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             value = torch.tensor(torch.nan)
         if value.ndim or not value.isfinite():
             raise UserError(

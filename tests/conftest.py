@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import common
+from tasks.tiny import tiny_tokenizer
 
 VOCAB = 258
 SIZES = {
@@ -49,7 +50,7 @@ def seeded():
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """The tests neither read nor write the user's cache of tiny models."""
+    """The tests neither read nor write the user's cache; the tests' subprocesses share this one."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -87,7 +88,7 @@ def model_dirs(tmp_path_factory):
         torch.manual_seed(1)
         dirs[family] = tmp_path_factory.mktemp(family)
         make().save_pretrained(dirs[family])
-        tokenizer = common.tiny_tokenizer()
+        tokenizer = tiny_tokenizer()
         if family == "gpt2":
             tokenizer.pad_token = None
         tokenizer.save_pretrained(dirs[family])

@@ -11,6 +11,7 @@ import bandit_toy as bandit
 from bandit_toy import LOSSES, expected_gradient, limit, objective, optimal_policy, regret, tensor
 
 UNIFORM = (1 / 3,) * 3
+PI_STAR = (0.705385, 0.259496, 0.035119)
 
 
 def random_problem(seed):
@@ -27,55 +28,88 @@ def exact(problem):
 
 
 def test_exact_values_of_the_paper():
-    torch.testing.assert_close(
-        optimal_policy(), tensor([0.705385, 0.259496, 0.035119]), atol=1e-6, rtol=0
-    )
-    assert float(objective(optimal_policy())) == pytest.approx(2.125200, abs=1e-6)
+    best = optimal_policy()
+    torch.testing.assert_close(best, tensor(PI_STAR), atol=1e-6, rtol=0)
+    assert float(objective(best)) == pytest.approx(2.125200, abs=1e-6)
     assert float(objective(UNIFORM)) == pytest.approx(1.833333, abs=1e-6)
     assert float(regret(UNIFORM)) == pytest.approx(0.291867, abs=1e-6)
-    assert float(regret(optimal_policy())) == pytest.approx(0, abs=1e-12)
+    assert float(regret(best)) == pytest.approx(0, abs=1e-12)
     assert float(objective((0.0, 0.0, 1.0))) == pytest.approx(1 - 0.5 * np.log(3))  # 0 ln 0 = 0
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_optimal_policy_is_the_best(seed):
+def test_regularised_reward_objective_and_the_optimum(seed):
+    """Eq. 1, 2 and 29: J is the mean of R_beta, and no policy has a higher one than pi*."""
     problem = random_problem(seed)
     arguments = problem["rewards"], problem["ref"], problem["beta"]
-    for policy in np.random.default_rng(seed).dirichlet((1, 1, 1), size=200):
-        assert regret(policy, *arguments) > 0
+    policies = tensor(np.random.default_rng(seed).dirichlet((1, 1, 1), size=200))
+    reward, ref = tensor(problem["rewards"]), tensor(problem["ref"])
+    r_beta = reward - 0.4 * (policies.log() - ref.log())  # eq. 1
+    ours = bandit.Pairs(policies.log(), *([torch.zeros(200, 1).long()] * 2), None, *arguments)
+    torch.testing.assert_close(ours.regularised, r_beta)
+    torch.testing.assert_close(objective(policies, *arguments), (policies * r_beta).sum(1))
+    assert (regret(policies, *arguments) > 0).all()
+    assert float(objective(exact(problem), *arguments)) == pytest.approx(
+        0.4 * float((ref * (reward / 0.4).exp()).sum().log())  # beta ln Z
+    )
 
 
 @pytest.mark.parametrize(
     "method, policy, value",
     [
-        ("copg", (0.705385, 0.259496, 0.035119), 0.0),
-        ("pg", (0.194, 0.250, 0.556), 0.6378),
-        ("pg-value", (0.812, 0.168, 0.0209), 0.0148),
-        ("ipo", (0.4242, 0.3527, 0.2231), 0.1525),
-        ("pg-value-kl", (0.705385, 0.259496, 0.035119), 0.0),
-        ("is", (0.705385, 0.259496, 0.035119), 0.0),
-        ("rloo", (0.705385, 0.259496, 0.035119), 0.0),
-        ("dpo", (0.705385, 0.259496, 0.035119), 0.0),
+        ("copg", PI_STAR, 0.0), ("pg", (0.194, 0.250, 0.556), 0.6378),
+        ("pg-value", (0.812, 0.168, 0.0209), 0.0148), ("ipo", (0.4242, 0.3527, 0.2231), 0.1525),
+        ("pg-value-kl", PI_STAR, 0.0), ("is", PI_STAR, 0.0), ("rloo", PI_STAR, 0.0),
+        ("dpo", PI_STAR, 0.0),
     ],
-)
+)  # fmt: skip
 def test_limits(method, policy, value):
     found = limit(method, 5000 if method == "dpo" else 1500)
     torch.testing.assert_close(found, tensor(policy), atol=6e-4, rtol=0)
     assert float(regret(found)) == pytest.approx(value, abs=6e-5)
-    gradient = expected_gradient(method, found.log())
-    assert gradient.abs().max() < 1e-9  # it is the end
+    assert expected_gradient(method, found.log()).abs().max() < 1e-9  # it is the end
 
 
-# ---- theorem 1: the optimum of CoPG is pi*, whatever collected the data ----
+# ---- eq. 12-16: the expected gradient ----
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_copg_finds_the_optimum_from_any_data(seed):
+def test_the_baseline_of_each_half_is_the_mean_of_the_other(seed):
+    """-grad L = E_mu1[(R_beta - mean_mu2 R_beta) grad ln pi] + the same with mu1, mu2 swapped."""
+    problem, logits = random_problem(seed), torch.randn(3).double()
+    mu1, mu2, pi = tensor(problem["mu1"]), tensor(problem["mu2"]), logits.softmax(-1)
+    r_beta = tensor(problem["rewards"]) - 0.4 * (pi / tensor(problem["ref"])).log()
+    scores = torch.eye(3).double() - pi  # [y, :] is grad ln pi(y) in the logits
+
+    def half(mu, other):
+        return (mu * (r_beta - other @ r_beta)) @ scores
+
+    ours = -expected_gradient("copg", logits, **problem)
+    torch.testing.assert_close(ours, half(mu1, mu2) + half(mu2, mu1), atol=1e-12, rtol=0)
+    assert (ours - half(mu1, mu1) - half(mu2, mu2)).norm() > 1e-3  # with its own mean, another
+    one = -expected_gradient("copg", logits, **problem | {"mu2": mu1})
+    torch.testing.assert_close(one, 2 * half(mu1, mu1), atol=1e-12, rtol=0)  # eq. 16
+
+
+# ---- theorem 1: one optimum, pi*, whatever collected the data ----
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_copg_finds_the_one_optimum_from_any_data(seed):
     problem = random_problem(seed)
     best = exact(problem)
     assert expected_gradient("copg", best.log(), **problem).abs().max() < 1e-12
     torch.testing.assert_close(limit("copg", 4000, **problem), best, atol=1e-6, rtol=0)
     assert expected_gradient("copg", torch.zeros(3).double(), **problem).norm() > 1e-3
+    # Convex in the logits, and strictly so but for a constant added to all: no other minimum.
+    hessian = torch.autograd.functional.hessian(
+        lambda logits: bandit.expected_loss("copg", logits, **problem), torch.randn(3).double()
+    )
+    eigenvalues = torch.linalg.eigvalsh(hessian)
+    assert eigenvalues[0].abs() < 1e-12 and eigenvalues[1] > 1e-3
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T
+    at_best = bandit.Pairs(best.log(), *pairs, None, problem["rewards"], problem["ref"], 0.4)
+    assert LOSSES["copg"](at_best).abs().max() < 1e-12  # of every single pair
 
 
 def test_an_arm_that_nobody_pulls_stays_where_it_was():
@@ -91,67 +125,55 @@ def test_connected_pairs_are_enough():
     torch.testing.assert_close(found, optimal_policy(), atol=1e-6, rtol=0)
 
 
-# ---- properties 1 to 3 ----
+# ---- properties 1 to 3, and eq. 7-9 ----
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_on_policy_the_gradient_is_twice_that_of_the_objective(seed):
+    problem = random_problem(seed)
     logits = torch.randn(3).double().requires_grad_()
-    (gradient,) = torch.autograd.grad(objective_of(logits), logits)
+    arguments = problem["rewards"], problem["ref"], problem["beta"]
+    (gradient,) = torch.autograd.grad(objective(logits.softmax(-1), *arguments), logits)
     pi = logits.detach().softmax(-1)
-    ours = expected_gradient("copg", logits, mu1=pi, mu2=pi)
+    ours = expected_gradient("copg", logits, **problem | {"mu1": pi, "mu2": pi})
     torch.testing.assert_close(-ours, 2 * gradient, atol=1e-12, rtol=0)
-    off_policy = expected_gradient("copg", logits)
-    assert (off_policy + 2 * gradient).norm() > 1e-2
+    torch.testing.assert_close(
+        -expected_gradient("is", logits, **problem), 2 * gradient, atol=1e-12, rtol=0
+    )  # importance weights give it from any data (eq. 5-6)
+    assert (expected_gradient("copg", logits, **problem) + 2 * gradient).norm() > 1e-2
 
 
-def objective_of(logits):
-    pi, ref = logits.softmax(-1), tensor(UNIFORM)
-    return (pi * (tensor(bandit.R) - bandit.BETA * (pi / ref).log())).sum()
+def margin(p):  # of the preferred arm
+    return (p.h - p.h_) * (2.0 * p.wins - 1)
 
 
-def pairs(logits, n=50, **more):
-    y, y_ = torch.randint(3, (2, n))
-    return bandit.Pairs(logits, y, y_, torch.rand(n) < 0.5, **more)
+def copg_as_printed(p):  # eq. 7-9: beta / 2 in the weights, differentiated through, maximised
+    half, half_ = p.r - p.beta / 2 * p.h, p.r_ - p.beta / 2 * p.h_
+    return -((half - half_) * p.h + (half_ - half) * p.h_)
 
 
-def gradient_of(loss, logits, **more):
-    torch.manual_seed(0)
-    return torch.autograd.grad(loss(pairs(logits, **more)).sum(), logits)[0]
+def copg_with_rewards_of_a_quarter(p):  # property 3
+    p.r, p.r_ = 0.5 * p.wins - 0.25, 0.25 - 0.5 * p.wins
+    return 2 * p.beta * LOSSES["copg"](p)
 
 
-@pytest.fixture
-def logits():
-    return torch.tensor([0.4, -0.3, 0.7], dtype=torch.float64, requires_grad=True)
-
-
-@pytest.mark.parametrize("beta", [0.5, 0.3])  # at 0.5 a forgotten 2 beta would not show
-def test_copg_is_rloo_with_two_samples(logits, beta):
-    copg, rloo = (gradient_of(LOSSES[m], logits, beta=beta) for m in ("copg", "rloo"))
-    assert copg.norm() > 1
-    torch.testing.assert_close(copg, rloo, atol=1e-12, rtol=0)
-
-
-def test_copg_equals_the_papers_formula(logits):
-    """Eq. 7-9 as they stand: beta / 2 in the weights, differentiated through, maximised."""
-
-    def as_printed(p):
-        half, half_ = p.r - p.beta / 2 * p.h, p.r_ - p.beta / 2 * p.h_
-        return -((half - half_) * p.h + (half_ - half) * p.h_)
-
-    ours = gradient_of(LOSSES["copg"], logits)
-    torch.testing.assert_close(ours, gradient_of(as_printed, logits), atol=1e-12, rtol=0)
-
-
-def test_copg_with_rewards_of_a_quarter_is_ipo(logits):
-    def copg_on_preferences(p):
-        p.r = torch.where(p.wins, 0.25, -0.25)
-        p.r_ = -p.r
-        return LOSSES["copg"](p)
-
-    ipo = gradient_of(LOSSES["ipo"], logits)
-    ours = gradient_of(copg_on_preferences, logits)
-    torch.testing.assert_close(ours, ipo / (2 * bandit.BETA), atol=1e-12, rtol=0)
+@pytest.mark.parametrize(
+    "method, other",
+    [
+        ("copg", copg_as_printed), ("copg", LOSSES["rloo"]),  # property 2
+        ("ipo", copg_with_rewards_of_a_quarter),
+        ("ipo", lambda p: (0.5 - p.beta * margin(p)) ** 2),  # eq. 21-22
+        ("dpo", lambda p: (1 + (-p.beta * margin(p)).exp()).log()),
+    ],
+)  # fmt: skip
+def test_equal_gradients(method, other):
+    """Over random pairs, with beta = 0.3: at 0.5 a forgotten 2 beta would not show."""
+    logits = torch.tensor([0.4, -0.3, 0.7], dtype=torch.float64, requires_grad=True)
+    y, y_, wins = *torch.randint(3, (2, 50)), torch.rand(50) < 0.5
+    losses = (loss(bandit.Pairs(logits, y, y_, wins, beta=0.3)) for loss in (LOSSES[method], other))
+    ours, theirs = (torch.autograd.grad(loss.sum(), logits)[0] for loss in losses)
+    assert ours.norm() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
 def test_a_constant_added_to_the_rewards_changes_nothing():
@@ -164,38 +186,35 @@ def test_a_constant_added_to_the_rewards_changes_nothing():
 # ---- wrong codings end where they should end ----
 
 
-@pytest.fixture
-def descend(monkeypatch):
-    """The limit of a loss that is not in the list."""
-
-    def limit_of(loss, steps=3000):
-        monkeypatch.setitem(LOSSES, "another", loss)
-        return limit("another", steps)
-
-    return limit_of
-
-
-def weighted(p, b, through):
+def weighted(b, through):
     """l = (R_b(y) - R_b(y')) (h - h'), with or without a gradient through the weights R_b."""
-    weight = (p.r - b * p.h) - (p.r_ - b * p.h_)
-    return -(weight if through else weight.detach()) * (p.h - p.h_)
+
+    def loss(p):
+        weight = (p.r - b * p.h) - (p.r_ - b * p.h_)
+        return -(weight if through else weight.detach()) * (p.h - p.h_)
+
+    return loss
 
 
-def test_the_two_wrong_codings(descend):
-    beta = bandit.BETA
-    for b, through in ((beta / 2, True), (beta, False)):  # the two right ones
-        found = descend(lambda p, b=b, through=through: weighted(p, b, through))
-        torch.testing.assert_close(found, optimal_policy(), atol=1e-6, rtol=0)
-    stopped = descend(lambda p: weighted(p, beta / 2, False))
-    torch.testing.assert_close(stopped, optimal_policy(beta=beta / 2), atol=1e-6, rtol=0)
-    assert float(regret(stopped)) == pytest.approx(0.0472, abs=1e-4)
-    full = descend(lambda p: weighted(p, beta, True))
-    torch.testing.assert_close(full, optimal_policy(beta=2 * beta), atol=1e-6, rtol=0)
-    assert float(regret(full)) == pytest.approx(0.0468, abs=1e-4)
+@pytest.mark.parametrize(
+    "b, through, effective_beta, value",
+    [
+        (0.25, True, 0.5, 0),
+        (0.5, False, 0.5, 0),
+        (0.25, False, 0.25, 0.0472),
+        (0.5, True, 1, 0.0468),
+    ],
+)
+def test_two_right_and_two_wrong_codings(b, through, effective_beta, value, monkeypatch):
+    monkeypatch.setitem(LOSSES, "another", weighted(b, through))
+    found = limit("another", 2000)
+    torch.testing.assert_close(found, optimal_policy(beta=effective_beta), atol=1e-6, rtol=0)
+    assert float(regret(found)) == pytest.approx(value, abs=1e-4)
 
 
-def test_minimising_l_runs_away(descend):
-    assert regret(descend(lambda p: -weighted(p, bandit.BETA / 2, True), steps=100)) > 0.5
+def test_minimising_l_runs_away(monkeypatch):
+    monkeypatch.setitem(LOSSES, "another", lambda p: -LOSSES["copg"](p))
+    assert regret(limit("another", 100)) > 0.5
 
 
 # ---- the environment, the data, the training ----
@@ -227,8 +246,7 @@ def test_the_figures_claims():
         assert curve.shape == (101, 2)
         assert curve[0] == pytest.approx(0.291867, abs=1e-6)
         assert curve[-1] == pytest.approx(float(regret(limit(method))), abs=0.02)
-    copg = bandit.train("copg", seeds=range(2), epochs=100)
-    assert copg[-1].max() < 1e-6
+        assert method != "copg" or curve[-1].max() < 1e-6
 
 
 def test_the_literal_learning_rate():

@@ -1,20 +1,21 @@
-"""CoPG's equations against hand values, brute force, enumeration and RLOO; its world; its loop."""
+"""CoPG's equations against hand values, brute force, enumeration and RLOO; its loop and data."""
 
 import itertools
 import json
 import math
+from statistics import mean, stdev
 
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
-from test_gpg import ManyAs, metrics
-from test_grpo import numbers
+from test_train import Bigrams, ManyAs, Numbered, Row, Stage, metrics, run_script
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import bandit_toy
 import common
 import copg
-from common import UserError
-from copg import Posts, bradley_terry_loss, copg_loss, dpo_loss, ipo_loss, policy_loss
+from copg import bradley_terry_loss, copg_loss, dpo_loss, ipo_loss, policy_loss
+from tasks import Posts, UserError, tiny
+from tasks.tiny import tiny_tokenizer
 
 # ---- the losses ----
 
@@ -77,25 +78,6 @@ def test_copg_is_rloo_with_the_kl_in_the_reward(K):
     torch.testing.assert_close(ours, torch.autograd.grad(rloo, h)[0], atol=1e-12, rtol=0)
 
 
-def test_copg_is_zero_where_log_ratios_follow_rewards():
-    r = torch.randn(5, 3).double()
-    h = r / 0.2 + torch.randn(5, 1).double()
-    assert copg_loss(h, r, 0.2).item() == pytest.approx(0, abs=1e-24)
-    h[2, 1] += 0.1
-    assert copg_loss(h, r, 0.2) > 1e-5
-
-
-def test_copg_ignores_order_and_constants():
-    h, r = torch.randn(5, 3).double(), torch.randn(5, 3).double()
-    loss = copg_loss(h, r, 0.2)
-    order = [2, 0, 1]
-    torch.testing.assert_close(copg_loss(h[:, order], r[:, order], 0.2), loss)
-    shift = torch.randn(5, 1).double()
-    torch.testing.assert_close(copg_loss(h, r + shift, 0.2), loss)
-    torch.testing.assert_close(copg_loss(h + shift, r, 0.2), loss)
-    assert not torch.isclose(copg_loss(h[:, order], r, 0.2), loss)
-
-
 def test_ipo_is_copg_with_rewards_of_a_quarter():
     h = torch.randn(6, 2).double()
     quarter = torch.tensor([[0.25, -0.25]]).double().expand(6, 2)
@@ -155,9 +137,9 @@ def fitted(loss):
     data = [y for y, count in enumerate(counts) for _ in range(count)]
     pairs = torch.tensor(list(itertools.product(data, data)))  # [P, 2]
     theta = torch.linspace(-0.4, 0.5, 12).double().requires_grad_()
-    optimizer = torch.optim.Adam([theta], lr=0.03)
-    for step in range(3000):
-        optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 3000)
+    optimizer = torch.optim.Adam([theta])
+    for step in range(1000):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 1000)
         h = sequence_logprobs(theta) - REF
         optimizer.zero_grad()
         loss(h[pairs], REWARDS[pairs], BETA).backward()
@@ -192,155 +174,14 @@ def test_the_two_codings_that_look_right_do_not():
         assert (tilted(wrong) - tilted(BETA)).abs().max() > 0.3
 
 
-# ---- the world ----
-
-
-def test_posts_are_a_gymnasium_environment():
-    check_env(Posts(), skip_render_check=True)
-    task = Posts()
-    prompt, _ = task.reset(options={"index": 7})
-    assert prompt == task.problem(7)[0] == Posts().problem(7)[0]
-    assert prompt.endswith("summary :")
-
-
-def test_utility_by_hand():
-    answer = "my boss lost my bike ; in the park ; because of a bet ; should i pay them"
-    utility = Posts().reward
-    assert utility(answer, answer) == pytest.approx(4.2 - 0.1 * 16)
-    assert utility("my boss lost my bike", answer) == pytest.approx(2 - 0.5)
-    assert utility("in the park ; in the park", answer) == pytest.approx(0.6 - 0.6)
-    assert utility("in the zoo", answer) == pytest.approx(-1 - 0.3)
-    assert utility("my boss lost my bike ; thanks for reading", answer) == pytest.approx(0.2)
-    assert utility("", answer) == -1
-
-
-def test_the_posts_of_the_test_are_others():
-    events = [{Posts(split).problem(i)[1].split(" ; ")[0] for i in range(300)} for split in
-              ("train", "test")]  # fmt: skip
-    assert len(events[0]) > 250 and not events[0] & events[1]
-
-
-def test_the_facts_stand_in_the_post():
-    task = Posts("test")
-    for i in range(100):
-        post, answer = task.problem(i)
-        event, place, cause, ask = answer.split(" ; ")
-        for fact in (f"{event} .", f"it happened {place} .", f"it was {cause} .", f"{ask} ?"):
-            assert fact in post
-        assert len(set(answer.split(" ; "))) == 4
-
-
-def test_writers_are_of_mixed_quality():
-    task = Posts()
-    utilities = [task.reward(task.write(i, w), task.problem(i)[1]) for i in range(500)
-                 for w in (1, 2)]  # fmt: skip
-    utilities = torch.tensor(utilities)
-    assert -0.5 < utilities.mean() < 1 and utilities.std() > 1.5 and utilities.max() > 2.5
-    assert task.write(3, 1) == task.write(3, 1) != task.write(3, 2)
-    assert task.demonstration(3) == task.write(3, 0)
-
-
-def test_preferences_follow_bradley_terry():
-    """The preferred summary is the better one as often as the utilities say."""
-    task, expected, seen = Posts(), [], []
-    for i in range(1500):
-        prompt, pair = task.preference(i)
-        answer = task.problem(i)[1]
-        assert prompt == task.problem(i)[0]
-        assert sorted(pair) == sorted([task.write(i, 1), task.write(i, 2)])
-        margin = task.reward(pair[0], answer) - task.reward(pair[1], answer)
-        expected.append(1 / (1 + math.exp(-abs(margin))))
-        seen.append(float(margin > 0) + 0.5 * (margin == 0))
-    assert sum(seen) / 1500 == pytest.approx(sum(expected) / 1500, abs=0.03)
-
-
-def test_every_word_of_the_world_is_one_token():
-    tokenizer = copg.word_tokenizer()
-    task = Posts()
-    for i in range(200):
-        text = task.problem(i)[0] + " " + " ; ".join(task.preference(i)[1])
-        ids = tokenizer(text).input_ids
-        assert len(ids) == len(text.split()) and tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == text
-    assert 150 < len(tokenizer) < 400
-
-
-# ---- the small models: made with two steps each, which is enough to see how they are used ----
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """copg with supervised and reward models that take a second to make."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(copg, "SFT", {"steps": 30, "posts_per_step": 16, "lr": 3e-3})
-    patch.setattr(copg, "REWARD_MODEL", copg.REWARD_MODEL | {"pairs": 64, "epochs": 1})
-    patch.setattr(common, "TINY", common.TINY | {"hidden_size": 64, "intermediate_size": 128})
-    patch.setattr(common, "WARM_START", common.WARM_START | {"steps": 2})
-    yield copg
-    patch.undo()
-
-
-def flags(out, *more):
-    small = ["--out", out, "--pairs", 24, "--prompts", 8, "--epochs", 1, "--eval-problems", 6,
-             "--eval-every", 2, "--save-every", 1, "--max-new-tokens", 12, *more]  # fmt: skip
-    return [str(flag) for flag in small]
-
-
-def rows_of(run):
-    return numbers(metrics(run))
-
-
-def train(*argv):
-    run = copg.train(copg.parse_args(flags(*argv)))
-    return run, rows_of(run)
-
-
-def test_the_default_goes_through(quick, tmp_path, capsys):
-    run, rows = train(tmp_path / "run")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    assert rows[0]["eval_kl"] == pytest.approx(0, abs=1e-4)  # the policy is the reference
-    assert {"eval_reward", "eval_utility", "eval_kl", "eval_length"} <= set(rows[2])
-    assert rows[1]["loss"] > 0 and rows[1]["grad_norm"] > 0
-    out = capsys.readouterr().out
-    for part in ("reward model: agrees with", "prompt", "completion", "utility", "before", "after"):
-        assert part in out
-    samples = [json.loads(x) for x in (run.dir / "samples.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in samples] == [0] * 6 + [2] * 6 + [3] * 6
-    task = Posts("test")
-    for i, sample in enumerate(samples[:6]):
-        prompt, answer = task.problem(common.HELD_OUT + i)
-        utility = task.reward(sample["completion"], answer)
-        assert sample["prompt"] == prompt
-        assert sample["utility"] == pytest.approx(utility, abs=1e-3)
-
-
-def test_the_first_loss_is_that_of_the_rewards(quick, tmp_path):
-    """Before the first step h = 0: the loss is the mean of dR^2 / (2 beta), 1/4, or ln 2."""
-    run, rows = train(tmp_path / "a", "--beta", 0.5, "--prompts", 24)
-    data = copg.Data.load(run.dir / "data.pt")
-    assert data.rewards.shape == data.ref_logprobs.shape == (24, 2)
-    dR = data.rewards[:, 0] - data.rewards[:, 1]
-    assert rows[1]["loss"] == pytest.approx((dR**2).mean().item(), rel=1e-4)
-    assert train(tmp_path / "b", "--loss", "ipo")[1][1]["loss"] == pytest.approx(0.25, rel=1e-3)
-    _, rows = train(tmp_path / "c", "--loss", "dpo")
-    assert rows[1]["loss"] == pytest.approx(math.log(2), rel=1e-3)
-
-
-@pytest.mark.parametrize("loss", ["copg", "ipo", "dpo"])
-def test_micro_batch_size_changes_no_step(quick, tmp_path, loss):
-    seen = []
-    for tokens in (1, 300, 10**6):
-        more = ["--micro-batch-tokens", tokens, "--lr", 1e-3, "--loss", loss]
-        _, rows = train(tmp_path / str(tokens), *more)
-        seen.append([(row["loss"], row["grad_norm"]) for row in rows[1:]])
-    for a, b, c in zip(*seen, strict=True):
-        assert a == pytest.approx(b, rel=1e-3) and a == pytest.approx(c, rel=1e-3)
+# ---- data and batches ----
 
 
 def test_micro_batches_keep_prompts_together():
     rollout = common.Rollout(
         torch.ones(12, 3), torch.ones(12, 3), torch.ones(12, 9),
-        torch.arange(9)[None] < torch.randint(1, 9, (12, 1)), torch.zeros(12, 9), [""] * 12,
+        torch.arange(9) < torch.randint(1, 9, (12, 1)), torch.zeros(12, 9), torch.zeros(12),
+        [""] * 12,
     )  # fmt: skip
     for max_tokens in (1, 40, 80, 10**4):
         batches = common.micro_batches(rollout, max_tokens, together=3)
@@ -376,192 +217,6 @@ def test_log_ratios_count_completion_tokens_only(small):
             assert ours[i, k].item() == pytest.approx(total.item(), abs=1e-4)
 
 
-# ---- the reward model ----
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    path = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    config = LlamaConfig(**sizes, pad_token_id=257, eos_token_id=256, num_labels=1)
-    LlamaForSequenceClassification(config).save_pretrained(path)
-    common.tiny_tokenizer().save_pretrained(path)
-    return path
-
-
-def test_scores_do_not_depend_on_the_others_in_the_batch(classifier):
-    model, tokenizer = copg.load_reward_model(str(classifier), "cpu")
-    prompts = ["a", "a longer prompt, much longer", "b"]
-    completions = ["yes, it is so", "no", ""]
-    together = copg.frozen_scores(model, tokenizer, prompts, completions)
-    alone = [
-        copg.frozen_scores(model, tokenizer, prompts[i : i + 1], completions[i : i + 1])
-        for i in range(3)
-    ]
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        copg.frozen_scores(model, tokenizer, prompts, completions, rows=2), together
-    )
-    assert together.std() > 1e-2
-    other = copg.frozen_scores(model, tokenizer, prompts, ["yes, it is no", "no", ""])
-    assert (other - together)[0].abs() > 1e-4  # the last token is read
-
-
-def test_scores_use_the_chat_template(classifier):
-    model, tokenizer = copg.load_reward_model(str(classifier), "cpu")
-    plain = copg.score(model, tokenizer, ["<u>hi<a>"], ["yes"])
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<|endoftext|>"
-    )
-    torch.testing.assert_close(copg.score(model, tokenizer, ["hi"], ["yes"]), plain)
-
-
-def test_the_reward_model_learns(quick):
-    """A hundred steps of Bradley-Terry on 64 preferences: it knows most of them by heart."""
-    model, tokenizer = copg.load_reward_model(copg.supervised_model(), "cpu")
-    task = Posts()
-
-    def batch_loss(i):
-        return bradley_terry_loss(*copg.preference_scores(model, tokenizer, task, range(64)))
-
-    common.fit(model, batch_loss, 60, 3e-3, "test")
-    chosen, rejected = copg.preference_scores(model, tokenizer, task, range(64))
-    assert (chosen > rejected).double().mean() > 0.85
-
-
-# ---- other sources of prompts, completions and rewards ----
-
-
-def write(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def scored(n, K=2):
-    return [
-        {"prompt": f"{i}+{i}=", "completions": [f"{i + k}" for k in range(K)],
-         "rewards": [float(k) for k in range(K)]} for i in range(n)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("K", [2, 3])
-def test_scored_completions_from_a_file(tmp_path, model_dirs, K):
-    path = write(tmp_path / "data.jsonl", *scored(30, K))
-    more = ["--model", model_dirs["qwen2"], "--data", path, "--epochs", 6, "--lr", 5e-3]
-    run, rows = train(tmp_path / "run", *more)
-    data = copg.Data.load(run.dir / "data.pt")
-    held_out = {f"{i}+{i}=" for i in range(0, 30, 10)}
-    assert len(data.prompts) == 27 and not held_out & set(data.prompts)
-    assert data.rewards.tolist() == [[float(k) for k in range(K)]] * 27
-    assert rows[-1]["loss"] < 0.6 * rows[1]["loss"] and rows[-1]["ranked"] > 0.8
-    assert "eval_reward" not in rows[-1] and rows[-1]["eval_kl"] > 0
-
-
-def test_preferences_from_a_file_are_ipo(tmp_path, model_dirs):
-    records = [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(20)]
-    path = write(tmp_path / "data.jsonl", *records)
-    more = ["--model", model_dirs["qwen2"], "--data", path, "--beta", 0.2]
-    _, copg_rows = train(tmp_path / "copg", *more)
-    _, ipo_rows = train(tmp_path / "ipo", *more, "--loss", "ipo")
-    assert copg_rows[1]["loss"] == pytest.approx(ipo_rows[1]["loss"] / 0.4, rel=1e-4)
-    assert copg_rows[1]["loss"] == pytest.approx(0.25 / 0.4, rel=1e-3)
-
-
-def test_a_reward_model_scores_the_file_anew(tmp_path, model_dirs, classifier):
-    path = write(tmp_path / "data.jsonl", *scored(12))
-    more = ["--model", model_dirs["qwen2"], "--data", path, "--reward-model", classifier]
-    run, rows = train(tmp_path / "run", *more)
-    data = copg.Data.load(run.dir / "data.pt")
-    expected = copg.frozen_scores(
-        *copg.load_reward_model(str(classifier), "cpu"), *data.rows(range(len(data.prompts)))
-    )
-    torch.testing.assert_close(data.rewards.flatten(), expected, atol=1e-5, rtol=0)
-    assert "eval_reward" in rows[-1] and "eval_utility" not in rows[-1]
-
-
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        ('{"prompt": "a"', "line 1: not a JSON object"),
-        ("[1]", "line 1: not a JSON object"),
-        ("", "no records"),
-        ('{"completions": ["a", "b"]}', "line 1: needs a text under 'prompt'"),
-        ('{"prompt": " ", "completions": ["a", "b"]}', "line 1: needs a text under 'prompt'"),
-        ('{"prompt": "a"}', "two completions"),
-        ('{"prompt": "a", "completions": ["b"]}', "two completions"),
-        ('{"prompt": "a", "completions": ["b", ""]}', "line 1: a completion is empty"),
-        ('{"prompt": "a", "completions": ["b", 3]}', "line 1: a completion is empty, or no text"),
-        ('{"prompt": "a", "chosen": "b"}', "line 1: a completion is empty, or no text"),
-        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1]}', "finite number"),
-        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1, NaN]}', "finite number"),
-        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1, true]}', "finite number"),
-        ('{"prompt": "a", "completions": ["b", "c"], "rewards": 7}', "finite number"),
-        ('{"prompt": "a", "completions": ["b", "c"]}', "no rewards in it"),
-        (
-            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-            '{"prompt": "a", "completions": ["b", "c", "d"], "rewards": [1, 2, 3]}',
-            "line 2: 3 completions; those before have 2",
-        ),
-        (
-            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-            '{"prompt": "a", "completions": ["b", "c"]}',
-            "only 1 of 2 records have rewards",
-        ),
-    ],
-)
-def test_bad_files(tmp_path, lines, message):
-    path = tmp_path / "data.jsonl"
-    path.write_text(lines + "\n")
-    with pytest.raises(UserError, match=message):
-        train(tmp_path / "run", "--model", "nowhere", "--data", path)
-    assert not (tmp_path / "run").exists()
-
-
-def test_too_long_a_completion_is_named(tmp_path, model_dirs):
-    records = scored(5)
-    records[3]["completions"][1] = "x" * 300
-    path = write(tmp_path / "data.jsonl", *records)
-    with pytest.raises(UserError, match=r"data.jsonl, line 4: the prompt .* context of 256"):
-        train(tmp_path / "run", "--model", model_dirs["qwen2"], "--data", path)
-    assert not (tmp_path / "run").exists()
-
-
-def test_too_long_a_completion_without_a_file_is_numbered(small):
-    model, tokenizer = small
-    data = copg.Data(["a", "b"], [["c", "d"], ["e", "x" * 300]])
-    with pytest.raises(UserError, match="record 1: the prompt 'b'"):
-        copg.reference_logprobs(model, tokenizer, data, copg.parse_args(["--model", "x"]))
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--completions", "1"], "another one to compare"),
-        (["--online", "--data", "x.jsonl"], "leave out --data"),
-        (["--make-data", "y.jsonl", "--data", "x.jsonl"], "leave out --data"),
-        (["--sweep", "--beta", "0.1"], "leave them out"),
-        (["--sweep", "--loss", "copg"], "leave them out"),
-        (["--loss", "ppo"], "invalid choice"),
-        (["--beta", "0"], "above 0"),
-        (["--task", "nothing"], "--task nothing"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
-        (["--model", "nowhere", "--task", "add"], "nowhere: no causal"),
-        (["--task", "add", "--reward-model", "nowhere"], "--reward-model nowhere: no sequence"),
-        (["--make-data", "tests/conftest.py"], "there is such a file"),
-    ],
-)
-def test_bad_flags(quick, tmp_path, monkeypatch, argv, message):
-    monkeypatch.chdir(common.Path(copg.__file__).parent)
-    with pytest.raises(UserError, match=message):
-        args = copg.parse_args(flags(tmp_path / "run", *argv))
-        (copg.make_data if args.make_data else copg.train)(args)
-    assert not (tmp_path / "run").exists()
-
-
 def test_default_betas():
     """The paper's for real models, what the sweep found for the tiny one."""
 
@@ -573,102 +228,463 @@ def test_default_betas():
     assert beta("--loss", "dpo") == 1.0 and beta("--loss", "dpo", "--beta", "0.5") == 0.5
 
 
-def test_any_task_offline(quick, tmp_path):
-    """--task add: the reference writes the completions, the environment judges them."""
-    run, rows = train(tmp_path / "run", "--task", "add", "--completions", 3)
-    data = copg.Data.load(run.dir / "data.pt")
-    assert len(data.prompts) == 24 and data.rewards.shape == (24, 3)
-    task = common.make_task("add")
-    for i in range(24):
-        prompt, answer = task.unwrapped.problem(i)
-        assert data.prompts[i] == prompt
-        rewards = [float(common.is_correct(text, answer)) for text in data.completions[i]]
-        assert data.rewards[i].tolist() == rewards
-    assert "eval_reward" in rows[-1] and "eval_utility" not in rows[-1]
+# ---- what train hands on ----
 
 
-def test_make_data_and_train_on_it(quick, tmp_path, model_dirs, capsys):
-    path, model = tmp_path / "made.jsonl", model_dirs["qwen2"]
-    argv = ["--model", model, "--task", "add", "--completions", 3, "--make-data", path]
-    copg.make_data(copg.parse_args(flags(tmp_path / "run", *argv)))
-    assert "prompts" in capsys.readouterr().out
-    data = copg.read_data(path)
-    assert 12 < len(data.prompts) <= 24 and data.rewards.shape[1] == 3
-    assert all(text.strip() for texts in data.completions for text in texts)
-    run, rows = train(tmp_path / "run", "--model", model, "--data", path, "--task", "add")
-    assert "eval_reward" in rows[-1]  # the task judges what the policy samples
-    held_out = math.ceil(len(data.prompts) / 10)
-    assert run.state["step"] == math.ceil((len(data.prompts) - held_out) / 8)
+@pytest.fixture
+def stage(monkeypatch, tmp_path):
+    stage = Stage(monkeypatch, tmp_path)
+
+    def evaluate(model, ref_model, tokenizer, reward_model, task, args):
+        assert (model, ref_model) == tuple(stage.models)
+        judged = args.reward_model or args.task == "posts"
+        assert reward_model == (("judge", "its tokenizer") if judged else None)
+        stage.evaluations.append((model, tokenizer, task.split, args))
+        stage.test_task = task
+        return {"reward": 0.5, "reward_stderr": 0.1, "kl": 2.0}, [{"prompt": "p", "utility": 3}]
+
+    def load_reward_model(name, device):
+        assert (name, device) == ("rm", stage.args.device)
+        return "judge", "its tokenizer"
+
+    monkeypatch.setattr(copg, "evaluate", evaluate)
+    monkeypatch.setattr(copg, "load_reward_model", load_reward_model)
+    monkeypatch.setattr(copg, "frozen_scores", frozen_scores)
+    return stage
 
 
-def test_online_is_rloo(quick, tmp_path, monkeypatch):
-    """The gradient of an online step is RLOO's on the regularised reward, and h is that of now."""
-    gradients = []
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def look(parameters, norm):
-        parameters = list(parameters)
-        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
-        return clip(parameters, norm)
-
-    def rloo(loss, logratios, rewards, beta):
-        R_beta = (rewards - beta * logratios).detach()
-        baseline = (R_beta.sum(1, keepdim=True) - R_beta) / 2
-        return -((R_beta - baseline) * logratios).sum(1).mean()
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look)
-    more = ["--online", "--completions", 3, "--steps", 2, "--beta", 0.4, "--overwrite"]
-    _, rows = train(tmp_path / "run", *more)
-    monkeypatch.setattr(copg, "policy_loss", rloo)
-    train(tmp_path / "run", *more)
-    first, second = gradients[-4:-2], gradients[-2:]
-    for a, b in zip(first, second, strict=True):
-        assert a.norm() > 1e-3
-        torch.testing.assert_close(a, b, atol=1e-4 * a.norm().item(), rtol=0)
-    assert rows[1]["reward_std"] > 0 and rows[1]["completion_length"] > 0
-    assert not (tmp_path / "run" / "data.pt").exists()
+def judged(prompt, text):
+    return (sum(map(ord, text)) % 50 - sum(map(ord, prompt)) % 9) / 10
 
 
-def test_resume(quick, tmp_path):
-    """Two steps and four more are six: same data, same order, same reference."""
-    more = ["--steps", 6, "--lr", 1e-3, "--warmup", 0]
-    _, whole = train(tmp_path / "whole", *more)
-    train(tmp_path / "halves", *more[2:], "--steps", 2)
-    run = copg.train(copg.parse_args(["--resume", str(tmp_path / "halves"), "--steps", "6"]))
-    for a, b in zip(whole, rows_of(run), strict=True):
-        for name in {"step", "loss", "grad_norm", "ranked", "lr"}:
-            assert a.get(name) == b.get(name)
-    assert whole[-1] | {"seconds": 0} == rows_of(run)[-1] | {"seconds": 0}
+def frozen_scores(model, tokenizer, prompts, texts):
+    assert (model, tokenizer) == ("judge", "its tokenizer")
+    return torch.tensor([judged(*pair) for pair in zip(prompts, texts, strict=True)])
 
 
-def test_sweep(quick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(copg, "GRID", {"copg": [0.1, 1.0], "ipo": [0.1], "dpo": [0.3]})
-    monkeypatch.setattr(copg, "SEEDS", 2)
-    args = copg.parse_args(flags(tmp_path / "sweep", "--sweep", "--steps", 2, "--lr", 1e-3))
-    copg.sweep(args)
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def scored(n, K):
+    """n records of K completions with rewards, all different."""
+    return [
+        {"prompt": f"{i}+{i}=", "completions": [f"{i}{'+1' * k}" for k in range(K)],
+         "rewards": torch.randn(K).tolist()} for i in range(n)
+    ]  # fmt: skip
+
+
+def given(stage, prompt, texts, rewards):
+    """The rows of a record."""
+    encode = stage.tokenizer
+    return [
+        Row(text, encode(prompt).input_ids[-1], [*encode(text).input_ids, 256], None, reward)
+        for text, reward in zip(texts, rewards, strict=True)
+    ]
+
+
+def loss_by_loops(loss, groups, theta, ref, beta):
+    """Eq. 10 and 17, 22, and DPO's, a pair at a time; and the share of groups ranked rightly."""
+    total, ranked = 0.0, 0
+    for rows in groups:
+        h = [row.logprobs(theta).sum() - row.logprobs(ref).sum() for row in rows]
+        R, K = [row.reward for row in rows], len(rows)
+        best, worst = R.index(max(R)), R.index(min(R))
+        d = beta * (h[best] - h[worst])
+        if loss == "copg":
+            for i, j in itertools.combinations(range(K), 2):
+                total += ((R[i] - R[j]) - beta * (h[i] - h[j])) ** 2 / (2 * beta) / (K - 1)
+        else:
+            total += (0.5 - d) ** 2 if loss == "ipo" else (1 + (-d).exp()).log()
+        ranked += max(range(K), key=lambda k: h[k].item()) == best
+    return total / len(groups), ranked / len(groups)
+
+
+def check(stage, run, rows, groups_of, rates):
+    """groups_of: the rows of the groups of each step."""
+    args, ranked = stage.args, []
+    ref = stage.models[1].theta
+    assert torch.equal(ref, Bigrams(1).theta) and not ref.requires_grad
+
+    def loss_of_a_step(i, theta):
+        texts = [row.text for group in groups_of[i] for row in group]
+        assert sorted(stage.updates[i]["rows"]) == sorted(texts)
+        loss, share = loss_by_loops(args.loss, groups_of[i], theta, ref.double(), args.beta)
+        ranked.append(share)
+        return loss
+
+    losses, norms = stage.check_updates(loss_of_a_step, rates)
+    stage.check_evaluations(rows, ["eval_reward", "eval_reward_stderr", "eval_kl"])
+    assert sum(training for _, training, *_ in stage.scored) > len(rates)  # micro-batches
+    for i, row in enumerate(rows[1:]):
+        expected = {"loss": losses[i], "grad_norm": norms[i], "ranked": ranked[i], "lr": rates[i]}
+        for column, value in expected.items():
+            assert row[column] == pytest.approx(value, rel=1e-4), column
+
+
+FLAGS = ["--clip-grad", 1e-3, "--weight-decay", 0.03, "--lr", 0.02, "--micro-batch-tokens", 60]
+FLAGS += ["--beta", 0.2, "--seed", 4, "--max-new-tokens", 5]
+
+
+@pytest.mark.parametrize(
+    "K, flags",
+    [
+        (2, []),
+        (3, []),
+        (3, ["--loss", "ipo", "--no-chat-template", "--grad-checkpointing"]),
+        (3, ["--loss", "dpo", "--schedule", "cosine"]),
+        (3, ["--reward-model", "rm", "--warmup", 0]),
+        (3, ["--reward-model", "rm", "--task", "add"]),
+        ("chosen", []),
+    ],
+)
+def test_everything_that_train_hands_on_offline(stage, tmp_path, K, flags):
+    records, choices = scored(23, 2 if K == "chosen" else K), K == "chosen"
+    if choices:
+        for record in records:
+            record["chosen"], record["rejected"] = record.pop("completions")
+            del record["rewards"]
+    path = write(tmp_path / "data.jsonl", *records)
+    more = ["--prompts", 8, "--epochs", 5, "--data", path, *flags]
+    run, rows, samples = stage.train(copg, *FLAGS, *more)
+    (policy, ref), args = stage.loads, stage.args
+    assert policy[:2] == ("m", args.device) and ref == policy[:3]
+    assert policy[3:] == ((False, True) if "--grad-checkpointing" in flags else (True, False))
+    held_out = [record["prompt"] for record in records[::10]]
+    if args.task:
+        assert stage.tasks == [("add", "train"), ("add", "test")] and policy[2].split == "train"
+    else:  # the held-out prompts are the test
+        assert policy[2] is None and stage.test_task.prompts == held_out
+        assert common.get_prompts(stage.test_task, [2, 0]) == [held_out[2], held_out[0]]
+
+    groups = []
+    for i, record in enumerate(records):
+        completions = [record["chosen"], record["rejected"]] if choices else record["completions"]
+        rewards = [0.25, -0.25] if choices else record["rewards"]
+        if args.reward_model:
+            rewards = [judged(record["prompt"], text) for text in completions]
+        if i % 10:
+            groups.append(given(stage, record["prompt"], completions, rewards))
+    orders = [copg.records(8 * i, 8, 20, seed=4) for i in range(13)]  # ceil(5 * 20 / 8)
+    if args.schedule == "cosine":
+        rates = [0.01, *(0.01 + 0.01 * math.cos(math.pi * i / 11) for i in range(12))]
+    else:  # a tenth of 13 steps, rounded up, to warm up
+        rates = [0.02 if args.warmup == 0 else 0.01, *[0.02] * 12]
+    check(stage, run, rows, [[groups[i] for i in order] for order in orders], rates)
+    assert [sample["step"] for sample in samples] == [0, 2, 4, 6, 8, 10, 12, 13]
+    assert not {"reward_mean", "entropy", "tokens_per_second"} & rows[-1].keys()
+
+    # What is kept is what was trained on, and can be trained on again.
+    data = copg.read_data(run.dir / "data.jsonl")
+    assert data.prompts == [r["prompt"] for i, r in enumerate(records) if i % 10]
+    assert data.completions == [[row.text for row in group] for group in groups]
+    assert data.rewards.tolist() == torch.tensor([[r.reward for r in g] for g in groups]).tolist()
+    ref = [[row.logprobs(stage.models[1].theta).sum() for row in group] for group in groups]
+    torch.testing.assert_close(data.ref_logprobs, torch.tensor(ref), atol=1e-4, rtol=0)
+    stage.out = tmp_path / "again"
+    again, _, _ = stage.train(copg, *FLAGS, "--data", run.dir / "data.jsonl", "--steps", 1)
+    assert torch.equal(copg.read_data(again.dir / "data.jsonl").rewards, data.rewards[sorted(
+        {*range(20)} - {0, 10})])  # fmt: skip
+
+
+@pytest.mark.parametrize("K, flags", [(2, []), (3, ["--reward-model", "rm", "--loss", "ipo"])])
+def test_everything_that_train_hands_on_online(stage, K, flags):
+    more = ["--task", "add", "--online", "--completions", K, "--prompts", 4, "--steps", 11]
+    run, rows, samples = stage.train(copg, *FLAGS, *more, *flags)
+    stage.check_calls(4, [1] * 11)
+    assert {(call["group_size"], call["temperature"]) for call in stage.samples} == {(K, 1.0)}
+    for call in stage.samples if flags else []:
+        call["groups"] = [
+            [row._replace(reward=judged(prompt, row.text)) for row in group]
+            for prompt, group in zip(call["prompts"], call["groups"], strict=True)
+        ]
+    groups = [call["groups"] for call in stage.samples]
+    check(stage, run, rows, groups, [0.01, *[0.02] * 10])  # two steps of warm-up
+    stage.check_log(run, rows, samples, [1] * 11)
+    assert not (run.dir / "data.jsonl").exists()
+
+
+def test_data_is_collected_from_the_task(stage):
+    """70 prompts in batches of 64, K completions of the first policy, the task's own rewards."""
+    more = ["--task", "add", "--completions", 3, "--pairs", 70, "--prompts", 16, "--epochs", 1]
+    run, rows, _ = stage.train(copg, *FLAGS, *more)
+    calls = stage.samples
+    assert [call["prompts"] for call in calls] == [
+        [f"train {i}" for i in part] for part in (range(64), range(64, 70))
+    ]
+    for call in calls:
+        assert (call["group_size"], call["T"], call["temperature"], call["seed"]) == (3, 5, 1.0, 4)
+    groups = [
+        given(stage, prompt, [row.text for row in rows], [row.reward for row in rows])
+        for call in calls
+        for prompt, rows in zip(call["prompts"], call["groups"], strict=True)
+    ]
+    orders = [copg.records(16 * i, 16, 70, seed=4) for i in range(5)]
+    steps = [[groups[i] for i in order] for order in orders]
+    check(stage, run, rows, steps, [0.02] * 5)
+
+
+def test_a_resumed_run_keeps_its_data_order_and_reference(stage, tmp_path):
+    path = write(tmp_path / "data.jsonl", *scored(12, 2))
+    run, _, _ = stage.train(copg, *FLAGS, "--data", path, "--prompts", 4, "--steps", 3)
+    kept = (run.dir / "data.jsonl").read_text()
+    write(path, *scored(12, 2))  # other rewards
+    stage.updates.clear()
+    stage.train(copg, "--resume", run.dir, "--steps", 5)
+    assert [load[0] for load in stage.loads] == [str(run.checkpoint), "m"]
+    assert (run.dir / "data.jsonl").read_text() == kept
+    data, theta = copg.read_data(run.dir / "data.jsonl"), stage.updates[0]["theta"]
+    groups = [given(stage, *record) for record in zip(
+        data.prompts, data.completions, data.rewards.tolist(), strict=True)]  # fmt: skip
+    groups = [groups[i] for i in copg.records(12, 4, 10, seed=4)]
+    assert sorted(stage.updates[0]["rows"]) == sorted(row.text for rows in groups for row in rows)
+    loss, _ = loss_by_loops("copg", groups, theta, Bigrams(1).theta.double(), 0.2)
+    assert metrics(run)[4]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_posts_are_compared_as_preferred(stage, monkeypatch):
+    """The preferred completion comes first; the rewards are the learned reward model's."""
+    monkeypatch.setattr(common, "make_task", lambda name, split="train": Posts(split))
+    monkeypatch.setattr(copg, "learned_reward_model", lambda: "rm")
+    run, _, _ = stage.train(copg, *FLAGS, "--pairs", 9, "--prompts", 4, "--steps", 1)
+    data = copg.read_data(run.dir / "data.jsonl")
+    pairs = list(zip(data.prompts, data.completions, strict=True))
+    assert pairs == [Posts().preference(i) for i in range(9)]
+    rewards = torch.tensor([[judged(prompt, text) for text in texts] for prompt, texts in pairs])
+    assert torch.equal(data.rewards, rewards)
+
+
+# ---- evaluation ----
+
+
+@pytest.mark.parametrize("judge", [None, ("judge", "its tokenizer")])
+@pytest.mark.parametrize("task", [Numbered("test"), copg.Prompts([f"test {i}" for i in range(99)])])
+def test_evaluate(monkeypatch, tmp_path, judge, task):
+    stage = Stage(monkeypatch, tmp_path)
+    monkeypatch.setattr(copg, "frozen_scores", frozen_scores)
+    args = copg.parse_args(["--model", "m", "--eval-samples", "2", "--eval-problems", "130"])
+    args.max_new_tokens = 6
+    policy, ref = stage.load_model()[0], stage.load_model()[0]
+    state = torch.get_rng_state()
+    figures, samples = copg.evaluate(policy, ref, stage.tokenizer, judge, task, args)
+    assert torch.equal(torch.get_rng_state(), state)
+    n = 99 if isinstance(task, copg.Prompts) else 130
+    batches = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)]
+    assert [c["prompts"] for c in stage.samples] == [[f"test {i}" for i in b] for b in batches]
+    for call in stage.samples:
+        assert (call["group_size"], call["T"], call["temperature"], call["seed"]) == (2, 6, 1.0, 0)
+        assert call["model"] is policy
+
+    expected, shown = {"reward": [], "utility": [], "kl": [], "length": []}, []
+    for call in stage.samples:
+        for prompt, group in zip(call["prompts"], call["groups"], strict=True):
+            of_task = [] if n == 99 else [row.reward for row in group]
+            values = {
+                "reward": [judged(prompt, row.text) for row in group] if judge else of_task,
+                "utility": of_task if judge else [],
+                "kl": [(row.old.sum() - row.logprobs(ref.theta).sum()).item() for row in group],
+                "length": [float(len(row.tokens)) for row in group],
+            }
+            for name, numbers in values.items():
+                expected[name] += [mean(numbers)] if numbers else []
+            for k, row in enumerate(group):
+                of_row = {name: pytest.approx(x[k], abs=6e-4) for name, x in values.items() if x}
+                shown.append({"prompt": prompt, "completion": row.text} | of_row)
+    assert samples == shown[:8]
+    for name, numbers in expected.items():
+        if numbers:
+            assert figures.pop(name) == pytest.approx(mean(numbers), rel=1e-4)
+            error = stdev(numbers) / math.sqrt(n)  # over prompts
+            assert figures.pop(f"{name}_stderr") == pytest.approx(error, rel=1e-4)
+    assert not figures
+    torch.manual_seed(5)
+    again, _ = copg.evaluate(policy, ref, stage.tokenizer, judge, task, args)
+    assert again["length"] == pytest.approx(mean(expected["length"]))
+
+
+# ---- the reward model ----
+
+SIZES = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+SIZES |= {"pad_token_id": 257, "eos_token_id": 256, "num_labels": 1}
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """save(**changes) -> the directory of a sequence classifier."""
+
+    def save(kind=LlamaForSequenceClassification, tokenizer=True, broken=False, **changes):
+        model = kind(LlamaConfig(**SIZES | changes))
+        if broken:
+            model.model.norm.weight.data[3] = torch.nan
+        model.save_pretrained(tmp_path / "classifier")
+        if tokenizer:
+            tiny_tokenizer().save_pretrained(tmp_path / "classifier")
+        return str(tmp_path / "classifier")
+
+    return save
+
+
+def test_scores_are_read_at_the_end_and_do_not_depend_on_the_others(classifier):
+    model, tokenizer = copg.load_reward_model(classifier(), "cpu")
+    prompts = ["a", "a longer prompt, much longer", "b", *"cdefg" * 20]
+    texts = ["yes, it is so", "no", "", *"hijkl" * 20]
+    expected = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = torch.tensor([[*tokenizer(prompt).input_ids, *tokenizer(text).input_ids, 256]])
+        with torch.no_grad():
+            hidden = model.model(ids).last_hidden_state[0, -1]
+            expected.append(model.score(hidden).item())
+    together = copg.frozen_scores(model, tokenizer, prompts, texts)
+    torch.testing.assert_close(together, torch.tensor(expected), atol=1e-5, rtol=0)
+    assert together.std() > 1e-2
+
+
+@pytest.mark.parametrize("pad", [0, None])
+def test_scores_with_another_padding(classifier, pad):
+    """Token 0 is as good a padding as any; without one, the EOS is it, and is not read."""
+    directory = classifier()
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
+    tokenizer.save_pretrained(directory)
+    model, tokenizer = copg.load_reward_model(directory, "cpu")
+    prompts, texts = ["a", "a much longer prompt"], ["yes, it is so", "no"]
+    with torch.no_grad():
+        together = copg.score(model, tokenizer, prompts, texts)
+        for i in range(2):
+            ids = [*tokenizer(prompts[i]).input_ids, *tokenizer(texts[i]).input_ids]
+            ids += [256] if pad == 0 else []
+            expected = model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1])
+            assert together[i].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_scores_use_the_chat_template(classifier):
+    model, tokenizer = copg.load_reward_model(classifier(), "cpu")
+    plain = copg.score(model, tokenizer, ["<u>hi<a>"], ["yes"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}?{% endif %}<|endoftext|>"
+    )
+    torch.testing.assert_close(copg.score(model, tokenizer, ["hi"], ["yes"]), plain)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"kind": LlamaForCausalLM}, "one label: its score.weight is missing"),
+        ({"num_labels": 2}, "one label: its score.weight is missing, or is for another number"),
+        ({"tokenizer": False}, "tokenizer"),
+        ({"vocab_size": 100, "pad_token_id": None}, "'1' the token 256 of a vocabulary of 100"),
+        ({"max_position_embeddings": 9}, "'1.1.1' has 10 tokens, .* context of 9"),
+        ({"broken": True}, "NaN"),
+    ],
+)
+def test_bad_reward_models(classifier, tmp_path, model_dirs, wrong, message):
+    path = write(tmp_path / "data.jsonl", *scored(12, 3))
+    out, rm = tmp_path / "run", classifier(**wrong)
+    flags = ["--model", model_dirs["qwen2"], "--data", path, "--reward-model", rm, "--out", out]
+    with pytest.raises(UserError, match=message) as error:
+        copg.train(copg.parse_args([str(flag) for flag in flags]))
+    assert len(str(error.value).splitlines()) == 1 and not list(out.iterdir())
+
+
+def test_the_learned_reward_model(monkeypatch, capsys):
+    """Fitted a little, it agrees with the preferences, and with others, better than chance."""
+    little = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    monkeypatch.setattr(tiny, "TINY", tiny.TINY | little)
+    monkeypatch.setattr(tiny, "WARM_START", tiny.WARM_START | {"steps": 2})
+    monkeypatch.setattr(copg, "REWARD_MODEL", copg.REWARD_MODEL | {"pairs": 640, "lr": 1e-2})
+    path = copg.learned_reward_model()
     out = capsys.readouterr().out
-    assert (tmp_path / "sweep" / "sweep.png").exists()
-    lines = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
-    assert lines[0].startswith("loss,beta,seed,step,eval_reward") and len(lines) == 1 + 7 * 2
-    table = out.split("means at the end\n")[1].splitlines()
-    assert [line.split()[:3] for line in table[2:4]] == [["ipo", "0.1", "2"], ["dpo", "0.3", "2"]]
-    copg.sweep(args)
-    assert "seed 0" not in capsys.readouterr().out  # finished runs are not run again
-    metrics = tmp_path / "sweep" / "ipo-0.1-0" / "metrics.csv"
-    metrics.write_text("\n".join(metrics.read_text().splitlines()[:-1]) + "\n")
-    copg.sweep(args)
-    assert "ipo, beta 0.1, seed 0" in capsys.readouterr().out  # an unfinished one is
-    run = copg.parse_args(["--resume", str(tmp_path / "sweep" / "ipo-0.1-0"), "--steps", "9"])
-    assert not run.sweep and run.loss == "ipo"
+    assert copg.learned_reward_model() == path  # the second time from the cache
+    said = [float(word) for word in out.split() if word.startswith("0.")]
+    prompts, texts = zip(*map(Posts("test").preference, range(1000)), strict=True)
+    model, tokenizer = copg.load_reward_model(path, "cpu")
+    chosen, rejected = (
+        copg.frozen_scores(model, tokenizer, prompts, [text[k] for text in texts]) for k in (0, 1)
+    )
+    agree = (chosen > rejected).double().mean().item()
+    assert agree > 0.6 and said == pytest.approx([0.73, agree], abs=0.02)
+    assert said[1] == pytest.approx(agree, abs=0.002)
 
 
-def test_a_used_directory_and_a_damaged_one(quick, tmp_path):
-    train(tmp_path / "run", "--steps", 1)
-    with pytest.raises(UserError, match="holds a run already"):
-        train(tmp_path / "run")
-    (tmp_path / "run" / "data.pt").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="is damaged or gone"):
-        copg.train(copg.parse_args(["--resume", str(tmp_path / "run"), "--steps", "2"]))
+# ---- files ----
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ('{"prompt": "a"', "line 1: not a JSON object"),
+        ("[1]", "line 1: not a JSON object"),
+        ("", "no records"),
+        ('{"completions": ["a", "b"]}', "line 1: needs a text under 'prompt'"),
+        ('{"prompt": " ", "completions": ["a", "b"]}', "line 1: needs a text under 'prompt'"),
+        ('{"prompt": "a"}', "line 1: needs two completions"),
+        ('{"prompt": "a", "completions": ["b"]}', "line 1: needs two completions"),
+        ('{"prompt": "a", "completions": "bc"}', "line 1: needs two completions"),
+        ('{"prompt": "a", "completions": ["b", 3]}', "line 1: a completion is not a text"),
+        ('{"prompt": "a", "chosen": "b"}', "line 1: a completion is not a text"),
+        ('{"prompt": "a", "completions": ["b", "\\ud800"]}', "line 1: not a JSON object"),
+        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1]}', "finite number"),
+        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1, NaN]}', "finite number"),
+        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 1e39]}', "finite number"),
+        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1, true]}', "finite number"),
+        ('{"prompt": "a", "completions": ["b", "c"], "rewards": 7}', "finite number"),
+        ('{"prompt": "a", "completions": ["b", "c"]}', "no rewards in it"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n'
+            '{"prompt": "a", "completions": ["b", "c", "d"], "rewards": [1, 2, 3]}',
+            "line 3: needs 2 completions, as above it",
+        ),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+            '{"prompt": "a", "completions": ["b", "c"]}',
+            "line 2: 'rewards' must be in every line or in none",
+        ),
+        (
+            '{"prompt": "a", "completions": ["b", "c"]}\n'
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}',
+            "line 2: 'rewards' must be in every line or in none",
+        ),
+    ],
+)
+def test_bad_files(stage, tmp_path, lines, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(lines + "\n")
+    with pytest.raises(UserError, match=message):
+        stage.train(copg, "--data", path)
+    assert not list(stage.out.iterdir())
+
+
+def test_too_long_a_completion_is_named(tmp_path, model_dirs):
+    records = scored(5, 2)
+    records[3]["completions"][1] = "x" * 300
+    path, out = write(tmp_path / "data.jsonl", *records), tmp_path / "run"
+    flags = ["--model", model_dirs["qwen2"], "--data", path, "--out", out]
+    with pytest.raises(UserError, match=r"data.jsonl, line 2, or below: 'xxx.* context of 256"):
+        copg.train(copg.parse_args([str(flag) for flag in flags]))
+    assert not list(out.iterdir())
+
+
+def test_data_is_kept_bit_for_bit(tmp_path):
+    """Any text, the empty one too, and any float32."""
+    data = copg.Data(["a", '\u2028\n"é'], [["", " b\r\n"], ["\U0001f600", "c"]])
+    data.rewards = torch.tensor([[0.1, -1e-38], [3e38, 1 / 3]])
+    data.ref_logprobs = -100 * torch.rand(2, 2)
+    data.save(tmp_path / "data.jsonl")
+    read = copg.read_data(tmp_path / "data.jsonl")
+    assert (read.prompts, read.completions) == (data.prompts, data.completions)
+    assert torch.equal(read.rewards, data.rewards)
+    assert torch.equal(read.ref_logprobs, data.ref_logprobs)
+
+
+def test_a_single_record_is_trained_on_and_held_out():
+    rest, held_out = copg.Data(["a"], [["b", "c"]], where=["x"]).split()
+    assert rest.prompts == held_out == ["a"]
+
+
+# ---- with a real model ----
 
 
 class Letters(ManyAs):
@@ -678,12 +694,12 @@ class Letters(ManyAs):
         return sum(c in "abcdefghijklmnopqrstuvwxyz" for c in completion) / 3
 
 
-@pytest.mark.parametrize("where", [[], ["--online"]])
+@pytest.mark.parametrize("where", [["--pairs", 512], ["--online"]])
 def test_training_raises_the_reward(tmp_path, monkeypatch, model_dirs, where):
     """Offline, on completions of the reference alone, and online."""
-    monkeypatch.setattr(common, "make_task", lambda name, split="train", data=None: Letters())
-    more = ["--model", model_dirs["qwen2"], "--task", "x", "--lr", 5e-3, "--beta", 0.02, *where]
-    more += ["--pairs", 512, "--prompts", 32, "--completions", 4, "--steps", 40]
-    more += ["--eval-problems", 200, "--eval-every", 40, "--max-new-tokens", 3]
-    _, rows = train(tmp_path / "run", *more)
+    more = ["--task", "x", "--lr", 5e-3, "--beta", 0.02, "--completions", 4, "--max-new-tokens", 3]
+    more += ["--prompts", 32, "--steps", 40, "--eval-problems", 200, "--eval-every", 40, *where]
+    run, _ = run_script(copg, tmp_path, monkeypatch, model_dirs["qwen2"], Letters(), *more)
+    rows = metrics(run)
+    assert rows[0]["eval_kl"] == pytest.approx(0, abs=1e-4)  # the policy is the reference
     assert rows[0]["eval_reward"] < 0.15 and rows[-1]["eval_reward"] > 2 * rows[0]["eval_reward"]

@@ -1,12 +1,11 @@
 """The equations of GPG against hand-computed values, brute force in float64, and invariances."""
 
-import functools
-import math
-
 import pytest
 import torch
+from test_train import ManyAs, Stage, run_script
 
 import common
+import copg
 import gpg
 from gpg import choose_groups, gpg_loss, gradient_scale, group_advantages, is_valid
 
@@ -158,45 +157,6 @@ def test_loss_and_gradient_equal_brute_force(batch):
     torch.testing.assert_close(whole_batch_gradient(model, rollout), expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 30, 100, 10**6])
-def test_micro_batches_and_dropped_dead_groups_change_nothing(batch, max_tokens):
-    """The way of train(): valid rows only, in micro-batches, by the whole batch's tokens."""
-    model, rollout = batch
-    expected = whole_batch_gradient(model, rollout)
-    alpha, valid = gradient_scale(REWARDS), is_valid(REWARDS)
-    total_tokens = rollout.completion_mask.sum().item()
-    live = rollout.rows(valid.repeat_interleave(4))
-    advantages = group_advantages(REWARDS[valid]).flatten()
-    model.zero_grad()
-    for rows in common.micro_batches(live, max_tokens):
-        mb = live.rows(rows)
-        logprobs = common.completion_logprobs(model, mb)
-        gpg_loss(logprobs, advantages[rows], mb.completion_mask, alpha, total_tokens).backward()
-    ours = torch.cat([p.grad.flatten() for p in model.parameters()])
-    torch.testing.assert_close(ours, expected, atol=1e-6 * expected.norm().item(), rtol=0)
-
-
-def test_row_order_and_padding_change_nothing(batch):
-    model, rollout = batch
-    expected = whole_batch_gradient(model, rollout)
-    order = torch.randperm(16)
-    shuffled = rollout.rows(order)
-    padded = common.Rollout.cat([shuffled, make_longer(rollout)]).rows(torch.arange(16))
-    padded.completion_mask = torch.nn.functional.pad(padded.completion_mask, (0, 5))
-    padded.completion_ids = torch.nn.functional.pad(padded.completion_ids, (0, 5), value=256)
-    advantages = group_advantages(REWARDS).flatten()[order]
-    logprobs = common.completion_logprobs(model, padded)
-    ours = gradient(model, gpg_loss(logprobs, advantages, padded.completion_mask, 2.0))
-    torch.testing.assert_close(ours, expected, atol=1e-6 * expected.norm().item(), rtol=0)
-
-
-def make_longer(rollout):
-    longer = rollout.rows(torch.arange(2))
-    longer.prompt_ids = torch.nn.functional.pad(longer.prompt_ids, (9, 0))
-    longer.prompt_mask = torch.nn.functional.pad(longer.prompt_mask, (9, 0))
-    return longer
-
-
 def test_alpha_undoes_the_dilution_exactly_for_equal_lengths():
     """Then alpha times the loss of all groups is the loss of the valid groups alone."""
     logprobs = torch.randn(16, 6).double()
@@ -211,7 +171,7 @@ def test_alpha_undoes_the_dilution_exactly_for_equal_lengths():
 def test_eos_is_trained(small):
     """The EOS is a sampled token: its log-prob gets a gradient, and it counts among the tokens."""
     model, tokenizer = small
-    rollout = common.encode(model, tokenizer, ["1+1="], ["2"])
+    rollout = copg.encode(model, tokenizer, ["1+1="], ["2"])
     assert rollout.completion_mask.sum() == 2
     logprobs = common.completion_logprobs(model, rollout)
     logprobs.retain_grad()
@@ -234,123 +194,114 @@ def test_choose_groups():
     assert len(choose_groups(torch.tensor([F] * 8), 4)) == 4
 
 
-class Levels(common.TextTask):
-    """Problem i is dead unless i % 4 == 0: then completions of an even length win."""
-
-    def problem(self, index):
-        return f"{index % 4}", "x"
-
-    def reward(self, completion, answer):
-        return float(self.prompt == "0" and len(completion) % 2 == 0)
-
-    def step(self, completion):
-        reward = self.reward(completion, self.answer)
-        return self.prompt, reward, True, False, {}
+# ---- what train hands on ----
 
 
-def metrics(run):
-    """Every row of metrics.csv, {column: text}."""
-    rows = [line.split(",") for line in (run.dir / "metrics.csv").read_text().splitlines()]
-    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+@pytest.fixture
+def stage(monkeypatch, tmp_path):
+    return Stage(monkeypatch, tmp_path)
 
 
-def run_script(script, tmp_path, monkeypatch, model_dir, task, *flags):
-    """A small run of a script on a task object -> the run, and its rows without that of step 0."""
-    monkeypatch.setattr(common, "make_task", lambda name, split, data: task)
-    flags = [
-        "--model", model_dir, "--out", tmp_path / "run", "--max-new-tokens", "8", "--steps", "3",
-        "--prompts", "4", "--eval-problems", "4", "--eval-samples", "2", *flags,
-    ]  # fmt: skip
-    run = script.train(script.parse_args([str(flag) for flag in flags]))
-    return run, metrics(run)[1:]
+SMALL = ["--prompts", 3, "--group-size", 4, "--max-new-tokens", 5, "--steps", 3, "--seed", 4]
+SMALL += ["--temperature", 0.7, "--clip-grad", 1e-3, "--weight-decay", 0.03, "--lr", 0.04]
+SMALL += ["--warmup", 2, "--schedule", "cosine", "--micro-batch-tokens", 90]
+RATES = [0.02, 0.04, 0.0]  # of the three steps
+
+NO_ALPHA = ["--no-alpha", "--no-chat-template", "--grad-checkpointing"]
+
+# The valid groups in each round of each step; the groups in the batch; alpha.
+STEPS = [
+    ([[0, 1, 0], [1, 0, 0]], [1, 3, 5], 3 / 2),
+    ([[1, 1, 0]], [0, 1, 2], 3 / 2),
+    ([[1, 0, 0], [1, 1, 1]], [0, 3, 4, 5], 1.0),
+]
 
 
-run_gpg = functools.partial(run_script, gpg)
+@pytest.mark.parametrize("flags", [[], ["--f-norm", "std"], NO_ALPHA])
+def test_everything_that_train_hands_on(stage, flags):
+    stage.plan = [valid for rounds, _, _ in STEPS for valid in rounds]
+    run, rows, samples = stage.train(gpg, *SMALL, *flags)
+    rounds = [len(rounds) for rounds, _, _ in STEPS]
+    alphas = [1.0 if "--no-alpha" in flags else alpha for *_, alpha in STEPS]
+    stage.check_calls(3, rounds)
+    assert {(call["group_size"], call["temperature"]) for call in stage.samples} == {(4, 0.7)}
+    assert {temperature for _, _, temperature, _ in stage.scored} == {0.7}
+    ((name, device, task, template, checkpointing),) = stage.loads  # no reference
+    assert (name, device, task.split) == ("m", stage.args.device, "train")
+    assert (template, checkpointing) == ((False, True) if flags is NO_ALPHA else (True, False))
+
+    groups_of, calls = [], iter(stage.samples)
+    for n in rounds:
+        groups_of.append([group for _ in range(n) for group in next(calls)["groups"]])
+
+    def loss_of_a_step(step, theta):
+        """Eq. 5 to 8 as loops over the groups of all rounds."""
+        groups, (_, batch, _) = groups_of[step], STEPS[step]
+        total, tokens, texts = 0.0, 0, []
+        for group in (groups[i] for i in batch):
+            rewards = torch.tensor([row.reward for row in group]).double()
+            advantages = rewards - rewards.mean()
+            if "std" in flags:
+                advantages = advantages / (rewards.std() + 1e-4)
+            for row, advantage in zip(group, advantages, strict=True):
+                total = total - advantage * row.logprobs(theta, 0.7).sum()
+                tokens += len(row.tokens)
+            if len(set(rewards.tolist())) > 1:
+                texts += [row.text for row in group]
+        assert sorted(stage.updates[step]["rows"]) == sorted(texts)  # dead groups skip the model
+        return alphas[step] * total / tokens
+
+    losses, norms = stage.check_updates(loss_of_a_step, RATES)
+    assert len(stage.scored) > 6  # micro-batches
+    stage.check_log(run, rows, samples, rounds)
+    stage.check_evaluations(rows, ["eval_accuracy", "eval_accuracy_stderr", "eval_greedy"])
+    for i, row in enumerate(rows[1:]):
+        valid = [x for valid in STEPS[i][0] for x in valid]
+        expected = {"loss": losses[i], "grad_norm": norms[i], "lr": RATES[i], "alpha": alphas[i]}
+        expected |= {"rounds": rounds[i], "valid_share": sum(valid) / len(valid)}
+        for column, value in expected.items():
+            assert row[column] == pytest.approx(value, rel=1e-4, abs=1e-6), column
 
 
 @pytest.mark.parametrize(
-    "beta_th, rounds, alpha", [(0, 1, 4.0), (0.25, 1, 4.0), (0.5, 2, 2.0), (1, 4, 1.0)]
+    "flags, rounds, alpha",
+    [
+        (["--beta-th", 0], 1, 4.0),
+        (["--beta-th", 0.25], 1, 4.0),
+        (["--beta-th", 0.5], 2, 2.0),
+        (["--beta-th", 1], 4, 1.0),
+        (["--beta-th", 1, "--max-rounds", 3], 3, 4 / 3),
+    ],
 )
-def test_threshold(tmp_path, monkeypatch, model_dirs, beta_th, rounds, alpha):
+def test_threshold(stage, flags, rounds, alpha):
     """One of four groups is valid in every round: after k rounds k are, and alpha = 4 / k."""
-    flags = ["--beta-th", beta_th, "--group-size", 16, "--lr", 1e-9]
-    _, rows = run_gpg(tmp_path, monkeypatch, model_dirs["qwen2"], Levels(), *flags)
-    for row in rows:
-        assert (float(row["rounds"]), float(row["alpha"])) == (rounds, alpha)
-        assert float(row["valid_share"]) == 0.25
+    stage.plan = [[0, 0, 1, 0]] * 9
+    _, rows, _ = stage.train(gpg, *SMALL, *flags, "--prompts", 4, "--steps", 1)
+    assert rows[1]["rounds"] == rounds and rows[1]["alpha"] == pytest.approx(alpha, rel=1e-5)
+    assert rows[1]["valid_share"] == 0.25
 
 
-def test_no_alpha(tmp_path, monkeypatch, model_dirs):
-    flags = ["--no-alpha", "--beta-th", 0, "--group-size", 16, "--lr", 1e-9]
-    _, rows = run_gpg(tmp_path, monkeypatch, model_dirs["qwen2"], Levels(), *flags)
-    assert [float(row["alpha"]) for row in rows] == [1.0] * 3
-
-
-def test_what_train_hands_to_the_loss(tmp_path, monkeypatch, model_dirs):
-    """All tokens of the batch, dead groups included; rows of valid groups only; gradients of one
-    step only; log-probs at the temperature of sampling."""
-    calls = []
-
-    def loss_and_look(logprobs, advantages, mask, alpha, total_tokens):
-        calls.append((len(logprobs), total_tokens, alpha, float(advantages.abs().min())))
-        return gpg_loss(logprobs, advantages, mask, alpha, total_tokens)
-
-    def logprobs_and_look(model, mb, temperature=1.0):
-        assert all(p.grad is None for p in model.parameters())
-        scored = logprobs(model, mb, temperature)
-        torch.testing.assert_close(scored, mb.logprobs, atol=1e-4, rtol=0)
-        assert temperature == 0.7
-        return scored
-
-    logprobs = common.completion_logprobs
-    monkeypatch.setattr(gpg, "gpg_loss", loss_and_look)
-    monkeypatch.setattr(common, "completion_logprobs", logprobs_and_look)
-    flags = ["--beta-th", 0, "--group-size", 16, "--lr", 1e-9, "--micro-batch-tokens", 10**6]
-    flags += ["--temperature", 0.7]
-    _, rows = run_gpg(tmp_path, monkeypatch, model_dirs["qwen2"], Levels(), *flags)
-    assert len(calls) == 3  # one forward pass a step
-    for (n, total_tokens, alpha, least), row in zip(calls, rows, strict=True):
-        assert n == 16 and alpha == 4.0 and least > 0
-        assert total_tokens == pytest.approx(4 * 16 * float(row["completion_length"]), rel=1e-5)
-
-
-class Hopeless(Levels):
-    def reward(self, completion, answer):
-        return 0.0
-
-
-def test_all_dead_steps_are_skipped_and_said(tmp_path, monkeypatch, model_dirs, capsys):
-    run, rows = run_gpg(tmp_path, monkeypatch, model_dirs["qwen2"], Hopeless(), "--lr", 1e-2)
-    assert [float(row["alpha"]) for row in rows] == [0.0] * 3
-    assert [float(row["rounds"]) for row in rows] == [4] * 3
-    assert [float(row["grad_norm"]) for row in rows] == [0.0] * 3
-    assert run.state["skipped"] == 3
+@pytest.mark.parametrize("flags", [[], ["--no-alpha"]])
+def test_all_dead_steps_are_skipped_and_said(stage, capsys, flags):
+    """Not even the moments of AdamW from the step before move the weights."""
+    stage.plan = [[1, 1, 1], *[[0, 0, 0]] * 8]
+    _, rows, _ = stage.train(gpg, *SMALL, *flags)
+    assert [row["alpha"] for row in rows[1:]] == [1, 0, 0]
+    assert [row["rounds"] for row in rows[1:]] == [1, 4, 4]
+    assert [(row["grad_norm"], row["loss"]) for row in rows[2:]] == [(0, 0)] * 2
+    assert len(stage.updates) == 1 and stage.optimizer.state[stage.models[0].theta]["step"] == 1
     out, err = capsys.readouterr()
-    assert "step 1: every group is dead" in err and "3 steps skipped" in out
-    before, _ = common.load_model(str(model_dirs["qwen2"]), torch.device("cpu"))
-    after, _ = common.load_model(str(run.checkpoint), torch.device("cpu"))
-    for a, b in zip(before.parameters(), after.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert "step 2: every group is dead" in err and "learn, step skipped: 2 times" in out
 
 
-# ---- the loop ----
+# ---- with a real model ----
 
 
-class ManyAs(common.TextTask):
-    """The reward is the share of a's: a dense signal that a random model can climb in seconds."""
-
-    def problem(self, index):
-        return f"{index % 7}:", "a"
-
-    def reward(self, completion, answer):
-        return completion.count("a") / 8
-
-
-@pytest.mark.parametrize("flags", [[], ["--f-norm", "std"], ["--no-alpha"], ["--temperature", 1.3]])
+@pytest.mark.parametrize("flags", [[], ["--f-norm", "std", "--no-alpha", "--temperature", 1.3]])
 def test_training_raises_the_reward(tmp_path, monkeypatch, model_dirs, flags):
     flags = ["--steps", 40, "--lr", 1e-2, "--group-size", 16, *flags]
-    _, rows = run_gpg(tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), *flags)
-    rewards = [float(row["reward_mean"]) for row in rows]
+    _, rows = run_script(gpg, tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), *flags)
+    rewards = [row["reward_mean"] for row in rows]
     assert sum(rewards[:3]) / 3 < 0.1 and sum(rewards[-3:]) / 3 > 0.5
 
 
@@ -359,34 +310,14 @@ class Variety(ManyAs):
         return len(set(completion)) / 8
 
 
-def test_every_family_trains(tmp_path, monkeypatch, model_dirs, family):
-    flags = ["--steps", 2, "--lr", 1e-3, "--micro-batch-tokens", 100]
-    _, rows = run_gpg(tmp_path, monkeypatch, model_dirs[family], Variety(), *flags)
-    assert all(float(row["grad_norm"]) > 0 for row in rows)
-
-
-def test_micro_batch_size_changes_no_step(tmp_path, monkeypatch, model_dirs):
-    losses = []
+def test_every_family_trains_and_micro_batches_change_no_step(
+    tmp_path, monkeypatch, model_dirs, family
+):
+    steps = []
     for tokens in (40, 10**6):
-        flags = ["--lr", 1e-3, "--micro-batch-tokens", tokens, "--overwrite"]
-        _, rows = run_gpg(tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), *flags)
-        losses.append([(float(row["loss"]), float(row["grad_norm"])) for row in rows])
-    for a, b in zip(*losses, strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
-
-
-def test_logged_metrics(tmp_path, monkeypatch, model_dirs):
-    _, rows = run_gpg(tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), "--lr", 1e-3)
-    row = {name: float(value) for name, value in rows[0].items() if value}
-    assert 0 < row["entropy"] < math.log(258)
-    assert 1 <= row["completion_length"] <= 8 and 0 <= row["truncated_share"] <= 1
-    assert row["lr"] == pytest.approx(1e-3 / 10, rel=1e-5)  # the first of ten warm-up steps
-    assert row["tokens_per_second"] > 0 and row["seconds"] > 0
-
-
-def test_learning_rate():
-    rate = common.learning_rate
-    assert [rate(s, 100, 2.0, 4, "constant") for s in (1, 2, 4, 5, 100)] == [0.5, 1, 2, 2, 2]
-    assert rate(52, 100, 2.0, 4, "cosine") == pytest.approx(1.0)
-    assert rate(100, 100, 2.0, 4, "cosine") == pytest.approx(0.0, abs=1e-12)
-    assert rate(1, 1, 2.0, 0, "cosine") == pytest.approx(0.0, abs=1e-12)
+        flags = ["--steps", 2, "--lr", 1e-3, "--micro-batch-tokens", tokens]
+        _, rows = run_script(gpg, tmp_path, monkeypatch, model_dirs[family], Variety(), *flags)
+        steps.append([(row["loss"], row["grad_norm"]) for row in rows])
+        assert all(row["grad_norm"] > 0 for row in rows)
+    for a, b in zip(*steps, strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5)

@@ -1,17 +1,11 @@
 """The equations of GRPO against hand-computed values, enumeration and GPG, and its loop."""
 
+from statistics import mean
+
 import pytest
 import torch
-from test_gpg import (
-    REWARDS,
-    Hopeless,
-    Levels,
-    ManyAs,
-    Variety,
-    gradient,
-    metrics,
-    run_script,
-)
+from test_gpg import RATES, REWARDS, SMALL, Variety, gradient
+from test_train import Bigrams, ManyAs, Stage, run_script
 
 import common
 import gpg
@@ -225,41 +219,6 @@ def test_at_ratio_1_the_gradient_is_gpgs(batch, scale, f_norm):
     torch.testing.assert_close(gradient(model, loss), expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 100, 10**6])
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_micro_batches_change_nothing(batch, aggregate, max_tokens):
-    model, rollout = batch
-    advantages = group_advantages(REWARDS).flatten()
-    ref = common.frozen_logprobs(model, rollout, max_tokens) + 0.3
-    logprobs = common.completion_logprobs(model, rollout)
-    mask = rollout.completion_mask
-    flags = {"kl_beta": 0.3, "aggregate": aggregate}
-    loss = grpo_loss(logprobs, rollout.logprobs, advantages, mask, ref_logprobs=ref, **flags)
-    expected = gradient(model, loss)
-    total = batch_total(mask, aggregate, 12)
-    model.zero_grad()
-    for rows in common.micro_batches(rollout, max_tokens):
-        mb = rollout.rows(rows)
-        logprobs = common.completion_logprobs(model, mb)
-        mb_ref = ref[rows, : logprobs.shape[1]]
-        grpo_loss(
-            logprobs, mb.logprobs, advantages[rows], mb.completion_mask, ref_logprobs=mb_ref,
-            total=total, **flags,
-        ).backward()  # fmt: skip
-    ours = torch.cat([p.grad.flatten() for p in model.parameters()])
-    torch.testing.assert_close(ours, expected, atol=1e-6 * expected.norm().item(), rtol=0)
-
-
-def test_frozen_logprobs(batch, family, loaded):
-    """The same numbers as with gradient, whatever the micro-batches; nothing for autograd."""
-    model, rollout = loaded[0], batch[1]
-    expected = common.completion_logprobs(model, rollout, 0.7).detach()
-    for max_tokens in (1, 60, 10**6):
-        frozen = common.frozen_logprobs(model, rollout, max_tokens, 0.7)
-        assert not frozen.requires_grad
-        torch.testing.assert_close(frozen.float(), expected, atol=1e-4, rtol=0)
-
-
 def test_minibatches():
     """mu passes, each with every row once, in as many parts as asked, in another order."""
     parts = minibatches(10, 2, 3)
@@ -297,12 +256,13 @@ def test_variants():
 @pytest.mark.parametrize(
     "flags, line",
     [
-        (["--group-size", "1"], "another reward"),
+        (["--group-size", "1"], "not between 2"),
         (["--minibatches", "129"], "more than there are"),
+        (["--max-rounds", "3"], "does nothing without --dynamic-sampling"),
         (["--variant", "ppo"], "invalid choice"),
-        (["--clip-low", "0"], "above 0"),
-        (["--kl-beta", "-1"], "at least 0"),
-        (["--updates-per-batch", "0"], "above 0"),
+        (["--clip-low", "0"], "not between"),
+        (["--kl-beta", "-1"], "not between 0"),
+        (["--updates-per-batch", "0"], "not between"),
     ],
 )
 def test_bad_flags(flags, line):
@@ -310,17 +270,156 @@ def test_bad_flags(flags, line):
         grpo.parse_args(flags)
 
 
-# ---- the loop ----
+# ---- what train hands on ----
 
 
-def numbers(rows):
-    """The rows of metrics.csv, {column: number}, without their empty cells."""
-    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+@pytest.fixture
+def stage(monkeypatch, tmp_path):
+    return Stage(monkeypatch, tmp_path)
 
 
-def run_grpo(*args):
-    run, rows = run_script(grpo, *args)
-    return run, numbers(rows)
+DYNAMIC = ["--variant", "dapo", "--kl-beta", 0.3, "--clip-low", 0.1, "--aggregate", "sequence"]
+CASES = {  # flags; the valid groups in each round of each step; the groups in each batch
+    "dynamic sampling": (
+        DYNAMIC,
+        [[[0, 1, 0], [1, 1, 0]], [[1, 1, 1]], [[1, 0, 1], [0, 1, 1]]],
+        [[1, 3, 4], [0, 1, 2], [0, 2, 4]],
+    ),
+    "too few are valid": (
+        [*DYNAMIC[:-1], "token", "--kl-beta", 0, "--max-rounds", 2],
+        [[[0, 1, 0], [0, 0, 1]], [[1, 1, 1]], [[0, 0, 0], [0, 1, 0]]],
+        [[1, 5], [0, 1, 2], [4]],
+    ),
+    "dead rows have a KL": (
+        ["--kl-beta", 0.3, "--clip-high", 0.3, "--scale", "none", "--aggregate", "token"],
+        [[[0, 1, 0]], [[1, 1, 0]], [[0, 0, 0]]],
+        [[0, 1, 2]] * 3,
+    ),
+    "dead rows count": (
+        ["--variant", "dr_grpo", "--no-chat-template", "--grad-checkpointing"],
+        [[[0, 1, 0]], [[1, 1, 0]], [[0, 0, 1]]],
+        [[0, 1, 2]] * 3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_everything_that_train_hands_on(stage, monkeypatch, name):
+    flags, steps, batches = CASES[name]
+    orders = []
+
+    def minibatches_and_record(N, mu, K):
+        orders.append(minibatches(N, mu, K))
+        assert (N, mu, K) == (4 * len(batches[len(orders) - 1]), 2, 3)
+        return orders[-1]
+
+    monkeypatch.setattr(grpo, "minibatches", minibatches_and_record)
+    stage.plan = [valid for rounds in steps for valid in rounds]
+    flags = [*SMALL, "--updates-per-batch", 2, "--minibatches", 3, *flags]
+    run, rows, samples = stage.train(grpo, *flags)
+    args, rounds = stage.args, [len(valid) for valid in steps]
+    stage.check_calls(3, rounds)
+    assert {(call["group_size"], call["temperature"]) for call in stage.samples} == {(4, 0.7)}
+    assert {temperature for _, _, temperature, _ in stage.scored} == {0.7}
+    assert stage.loads[0][:2] == ("m", args.device) and stage.loads[0][3:] == (
+        (False, True) if "--grad-checkpointing" in flags else (True, False)
+    )
+    assert [load[:2] for load in stage.loads[1:]] == [("m", args.device)] * (args.kl_beta > 0)
+
+    calls, parts = iter(stage.samples), []  # of each update: its step, its rows and advantages
+    for step, n in enumerate(rounds):
+        groups = [group for _ in range(n) for group in next(calls)["groups"]]
+        batch = []
+        for group in (groups[i] for i in batches[step]):
+            rewards = torch.tensor([row.reward for row in group]).double()
+            advantages = rewards - rewards.mean()
+            if len(set(rewards.tolist())) == 1:
+                advantages = torch.zeros(4).double()
+            elif args.scale == "std":
+                advantages = advantages / (rewards.std() + 1e-4)
+            batch += zip(group, advantages, strict=True)
+        for order in orders[step]:
+            part = [batch[i] for i in order]
+            if args.kl_beta > 0 or any(A != 0 for _, A in part):
+                parts.append((step, part))
+    if args.kl_beta > 0:
+        ref = stage.models[1].theta
+        assert torch.equal(ref, Bigrams(1).theta) and not ref.requires_grad
+        texts = [t for model, *_, texts in stage.scored if model is stage.models[1] for t in texts]
+        assert len(texts) == len(set(texts)) == 4 * sum(map(len, batches))  # once
+    seen = [{"ratio": [], "clipped": [], "kl": []} for _ in steps]
+
+    def loss_of_an_update(i, theta):
+        """Eq. 3 over the rows of a minibatch, a token at a time."""
+        step, part = parts[i]
+        total, tokens = 0.0, sum(len(row.tokens) for row, _ in part)
+        for row, A in part:
+            if A == 0 and args.kl_beta == 0:
+                continue
+            logprobs, n = row.logprobs(theta, 0.7), len(row.tokens)
+            ratio = (logprobs - row.old).exp()
+            low, high = ratio < 1 - args.clip_low, ratio > 1 + args.clip_high
+            clipped = (low & (A < 0)) | (high & (A > 0))
+            bound = 1 + args.clip_high if A > 0 else 1 - args.clip_low
+            J = torch.where(clipped, bound * A, ratio * A)
+            seen[step]["ratio"] += ratio.tolist()
+            seen[step]["clipped"] += clipped.tolist()
+            if args.kl_beta > 0:
+                r = (row.logprobs(ref.double(), 0.7) - logprobs).exp()
+                kl = r - r.log() - 1
+                J = J - args.kl_beta * kl
+                seen[step]["kl"] += kl.tolist()
+            share = {"sequence": n * len(part), "token": tokens, "constant": 5 * len(part)}
+            total = total - J.sum() / share[args.aggregate]
+        live = [row.text for row, A in part if A != 0 or args.kl_beta > 0]
+        assert sorted(stage.updates[i]["rows"]) == sorted(live)
+        return total
+
+    rates = [RATES[step] for step, _ in parts]
+    losses, norms = stage.check_updates(loss_of_an_update, rates)
+    stage.check_log(run, rows, samples, rounds)
+    stage.check_evaluations(rows, ["eval_accuracy", "eval_accuracy_stderr", "eval_greedy"])
+    for step, row in enumerate(rows[1:]):
+        valid = [x for valid in steps[step] for x in valid]
+        updates = [i for i, (s, _) in enumerate(parts) if s == step]
+        ratio, kl = seen[step]["ratio"], seen[step]["kl"]
+        expected = {
+            "loss": mean(losses[i] for i in updates),
+            "grad_norm": mean(norms[i] for i in updates),
+            "ratio_mean": mean(ratio), "ratio_min": min(ratio), "ratio_max": max(ratio),
+            "clip_share": mean(seen[step]["clipped"]), "valid_share": mean(valid),
+            "rounds": rounds[step], "alpha": 1.0, "lr": RATES[step],
+        }  # fmt: skip
+        expected |= {"kl": mean(kl)} if kl else {}
+        assert ("kl" in row) == (args.kl_beta > 0)
+        for column, value in expected.items():
+            assert row[column] == pytest.approx(value, rel=1e-3, abs=1e-6), column
+
+
+def test_the_reference_of_a_resumed_run_is_the_first_model(stage):
+    run, _, _ = stage.train(grpo, *SMALL, "--schedule", "constant")
+    stage.train(grpo, "--resume", run.dir, "--steps", 4)
+    assert [load[0] for load in stage.loads] == [str(run.checkpoint), "m"]
+
+
+def test_all_dead(stage, capsys):
+    """Without a KL there is nothing to learn; with one the step is done. Dynamic sampling ends."""
+
+    def updates_and_rounds(*flags):
+        stage.plan, stage.out = [[0, 0, 0]] * 99, f"{stage.out}2"
+        stage.updates.clear()
+        _, rows, _ = stage.train(grpo, *SMALL, *flags)
+        assert all((row["grad_norm"] > 0) == (len(stage.updates) > 0) for row in rows[1:])
+        return len(stage.updates), rows[-1]["rounds"]
+
+    assert updates_and_rounds("--kl-beta", 0) == (0, 1)
+    assert "step 1: every group is dead" in capsys.readouterr().err
+    assert updates_and_rounds() == (3, 1)
+    assert updates_and_rounds("--variant", "dapo") == (0, 10)
+    assert updates_and_rounds("--variant", "dapo", "--kl-beta", 0.1) == (3, 10)
+
+
+# ---- with a real model ----
 
 
 @pytest.mark.parametrize(
@@ -328,149 +427,29 @@ def run_grpo(*args):
     [
         [],
         ["--variant", "dr_grpo"],
-        ["--variant", "dapo"],
-        ["--updates-per-batch", 2, "--minibatches", 2, "--lr", 5e-3],
+        ["--variant", "dapo", "--updates-per-batch", 2, "--minibatches", 2, "--lr", 5e-3],
     ],
 )
 def test_training_raises_the_reward(tmp_path, monkeypatch, model_dirs, flags):
     flags = ["--steps", 40, "--lr", 1e-2, "--group-size", 16, *flags]
-    _, rows = run_grpo(tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), *flags)
+    _, rows = run_script(grpo, tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), *flags)
     rewards = [row["reward_mean"] for row in rows]
     assert sum(rewards[:3]) / 3 < 0.1 and sum(rewards[-3:]) / 3 > 0.5
 
 
 def test_the_first_update_has_ratio_1(tmp_path, monkeypatch, model_dirs, family):
+    """Sampler and scorer agree, and before the first update so do policy and reference."""
     flags = ["--temperature", 0.8, "--lr", 1e-3, "--micro-batch-tokens", 50]
-    _, rows = run_grpo(tmp_path, monkeypatch, model_dirs[family], Variety(), *flags)
+    _, rows = run_script(grpo, tmp_path, monkeypatch, model_dirs[family], Variety(), *flags)
     for row in rows:
         assert row["ratio_min"] == pytest.approx(1, abs=2e-4)
         assert row["ratio_max"] == pytest.approx(1, abs=2e-4)
-        assert row["clip_share"] == 0 and row["alpha"] == 1
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)  # the policy is still the reference
+        assert row["clip_share"] == 0
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert rows[2]["kl"] > 1e-5
 
 
-def test_later_updates_are_clipped(tmp_path, monkeypatch, model_dirs):
-    """The old log-probs stay those of the sampler: in later passes the ratio leaves 1."""
-    distances = []
-
-    def loss_and_look(logprobs, old, *others):
-        distances.append(float((logprobs - old).detach().abs().max()))
-        return grpo_loss(logprobs, old, *others)
-
-    monkeypatch.setattr(grpo, "grpo_loss", loss_and_look)
-    flags = ["--updates-per-batch", 3, "--minibatches", 2, "--lr", 1e-3, "--group-size", 16]
-    flags += ["--warmup", 0, "--kl-beta", 0]
-    run, rows = run_grpo(tmp_path, monkeypatch, model_dirs["qwen2"], Variety(), *flags)
-    assert distances[0] < 1e-4 and min(distances[-4:]) > 0.1  # the loss sees it too
-    for row in rows:
-        assert row["ratio_min"] < 0.8 and row["ratio_max"] > 1.2
-        assert 0.01 < row["clip_share"] < 1 and "kl" not in row
-    optimizer = torch.load(run.checkpoint / "training_state.pt")["optimizer"]
-    assert optimizer["state"][0]["step"] == 3 * 3 * 2
-
-
-def test_what_train_hands_to_the_loss(tmp_path, monkeypatch, model_dirs):
-    """One group of four is valid. Without a KL only its rows go through the model, and the total
-    counts all; with a KL all rows do; with dynamic sampling there are no others."""
-    calls = []
-
-    def loss_and_look(logprobs, old, advantages, mask, low, high, ref, beta, aggregate, total):
-        assert (low, high) == (0.1, 0.3)
-        torch.testing.assert_close(logprobs, old, atol=1e-4, rtol=0)
-        if ref is not None:  # at a learning rate of 1e-9 the policy is still the reference
-            torch.testing.assert_close(logprobs, ref, atol=1e-4, rtol=0)
-        calls.append((len(logprobs), total, beta, aggregate, float(advantages.abs().min()) > 0))
-        return grpo_loss(logprobs, old, advantages, mask, low, high, ref, beta, aggregate, total)
-
-    monkeypatch.setattr(grpo, "grpo_loss", loss_and_look)
-    flags = ["--group-size", 16, "--lr", 1e-9, "--micro-batch-tokens", 10**6, "--temperature", 0.7]
-    flags += ["--clip-low", 0.1, "--clip-high", 0.3, "--steps", 1]
-
-    def call(*more):
-        calls.clear()
-        out = ["--overwrite", *flags, *more]
-        _, rows = run_grpo(tmp_path, monkeypatch, model_dirs["qwen2"], Levels(), *out)
-        assert len(calls) == 1
-        return calls[0], rows[0]
-
-    assert call("--kl-beta", 0)[0] == (16, 64, 0, "sequence", True)
-    assert call("--kl-beta", 0.5)[0] == (64, 64, 0.5, "sequence", False)
-    assert call("--kl-beta", 0, "--aggregate", "constant")[0] == (16, 64 * 8, 0, "constant", True)
-    (n, total, *_), row = call("--kl-beta", 0, "--aggregate", "token")
-    assert n == 16 and total == pytest.approx(64 * row["completion_length"], rel=1e-5)
-    seen, row = call("--variant", "dapo", "--aggregate", "sequence")
-    assert seen == (64, 64, 0, "sequence", True) and row["rounds"] == 4
-    seen, row = call("--variant", "dapo", "--aggregate", "sequence", "--max-rounds", 3)
-    assert seen == (48, 48, 0, "sequence", True) and row["rounds"] == 3
-
-
-def test_the_reference_is_frozen(tmp_path, monkeypatch, model_dirs):
-    """It gets no gradient and keeps its weights, and without a KL it is not even loaded."""
-    models = []
-    load_model = common.load_model
-
-    def load_and_keep(*args):
-        models.append(load_model(*args))
-        return models[-1]
-
-    monkeypatch.setattr(common, "load_model", load_and_keep)
-    flags = ["--lr", 1e-2, "--grad-checkpointing"]
-    run_grpo(tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), *flags)
-    (policy, _), (ref, _) = models
-    start, _ = load_model(str(model_dirs["qwen2"]), "cpu")
-    assert not ref.training
-    for p, r, s in zip(policy.parameters(), ref.parameters(), start.parameters(), strict=True):
-        assert torch.equal(r, s) and r.grad is None and not r.requires_grad
-        assert not torch.equal(p, s)
-    models.clear()
-    run_grpo(
-        tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), "--kl-beta", 0, "--overwrite"
-    )
-    assert len(models) == 1
-
-
-def test_the_kl_holds_the_policy_back(tmp_path, monkeypatch, model_dirs):
-    kls = []
-    for beta in (1e-9, 3):
-        flags = ["--steps", 25, "--lr", 1e-2, "--group-size", 16, "--kl-beta", beta, "--overwrite"]
-        _, rows = run_grpo(tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), *flags)
-        kls.append(rows[-1]["kl"])
-    assert kls[1] < 0.2 * kls[0]
-
-
-def test_all_dead(tmp_path, monkeypatch, model_dirs, capsys):
-    """Without a KL there is nothing to learn; with one the step is done. Dynamic sampling ends."""
-
-    def skipped(*flags):
-        flags = ["--overwrite", "--lr", 1e-2, *flags]
-        run, rows = run_grpo(tmp_path, monkeypatch, model_dirs["qwen2"], Hopeless(), *flags)
-        return run.state["skipped"], rows[-1]["rounds"]
-
-    assert skipped("--kl-beta", 0) == (3, 1)
-    assert "step 1: every group is dead" in capsys.readouterr().err
-    assert skipped() == (0, 1)
-    assert skipped("--variant", "dapo") == (3, 10)
-    assert skipped("--variant", "dapo", "--kl-beta", 0.1) == (0, 10)
-
-
-def test_resume_keeps_the_first_reference(tmp_path, monkeypatch, model_dirs):
-    """Three steps and three more are six steps: the same ratios, and the KL to the same model."""
-    flags = ["--lr", 1e-2, "--updates-per-batch", 2, "--schedule", "constant", "--minibatches", 2]
-    task = ManyAs()
-    _, whole = run_grpo(tmp_path, monkeypatch, model_dirs["qwen2"], task, *flags, "--steps", 6)
-    halves = tmp_path / "halves"
-    run_grpo(tmp_path, monkeypatch, model_dirs["qwen2"], task, *flags, "--out", halves)
-    run = grpo.train(grpo.parse_args(["--resume", str(halves), "--steps", "6"]))
-    resumed = numbers(metrics(run)[1:])
-    for a, b in zip(whole, resumed, strict=True):
-        for name in set(a) - {"seconds", "tokens_per_second", "eval_accuracy"}:
-            assert a[name] == b[name]
-
-
-def test_the_variant_is_printed(tmp_path, monkeypatch, model_dirs, capsys):
-    run_grpo(
-        tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), "--variant", "dapo", "--steps", 1
-    )
-    line = "dapo: scale std, kl_beta 0.0, aggregate token, clip_low 0.2, clip_high 0.28, dynamic"
+def test_the_variant_is_printed(stage, capsys):
+    stage.train(grpo, *SMALL, "--variant", "dapo", "--steps", 1, "--warmup", 0)
+    line = "dapo: scale std, kl_beta 0, aggregate token, clip_low 0.2, clip_high 0.28, dynamic"
     assert line in capsys.readouterr().out

@@ -1,6 +1,8 @@
 """What the README says is what the code does."""
 
+import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,67 +14,112 @@ import common
 import copg
 import gpg
 import grpo
+from tasks import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, RESULTS = ROOT / "README.md", ROOT / "extras" / "RESULTS.md"
+TEXT = README.read_text(encoding="utf-8")
+MODULES = {"gpg": gpg, "grpo": grpo, "copg": copg, "bandit_toy": bandit_toy}
+TABLE = re.compile(r"\| in the paper \| in `(\w+)\.py` \| the line \|\n\|[-|]+\|\n((?:\|.*\n)+)")
+ROW = re.compile(r"\| (.*?) \| `(\w+)` \| `(.*)` \|")
+ROWS = [
+    (m, *ROW.fullmatch(r).groups())
+    for m, rows in TABLE.findall(TEXT)
+    for r in rows.split("\n")[:-1]
+]
+
+# What the papers say under these numbers: GPG version 4, GRPO (DeepSeekMath), CoPG version 1.
+GPG = {5: "the loss", 6: "the advantage", 7: "alpha", 8: "the scaled loss"}
+GPG |= {"Algorithm 1": "the (threshold|batch)"}
+GRPO = {3: "the ratio|the clipped|the KL inside the loss|1 / length", 4: "the estimate of the KL"}
+GRPO |= {"section 4.1.2": "the advantage", "Algorithm 1": "mu updates"}
+COPG = {1: "the regularised reward|h of", 2: "the objective J", 26: "the reward model"}
+COPG |= dict.fromkeys((5, 6), "importance sampling") | dict.fromkeys((7, 8, 9, 10, 17), "the loss")
+COPG |= dict.fromkeys(range(12, 17), "the expected") | dict.fromkeys((18, 19), "the gradient")
+COPG |= dict.fromkeys((21, 22), "IPO") | dict.fromkeys((23, 24), "policy gradient with a baseline")
+COPG |= {29: "the optimal policy"} | dict.fromkeys((65, 66), "RLOO")
+COPG |= {"property 1": "policy gradient", "property 2": "RLOO", "property 3": "IPO"}
+COPG |= {"theorem 1": "the (loss|optim)"}  # the minimum of the loss is the optimal policy
+PAPERS = {"gpg": GPG, "grpo": GRPO, "copg": COPG, "bandit_toy": COPG}
 
 
-@pytest.mark.parametrize(
-    "section, module, rows",
-    [
-        ("## The paper in the code", gpg, 7),
-        ("## GRPO, the baseline", grpo, 8),
-        ("## CoPG on a bandit", bandit_toy, 8),
-        ("### The paper in `copg.py`", copg, 6),
-    ],
-)
-def test_the_equation_tables_quote_the_code(section, module, rows):
-    code = Path(module.__file__).read_text(encoding="utf-8").splitlines()
-    code = [line.split("  #")[0].strip() for line in code]
-    table = README.split(section)[1].split("| in the paper |")[1].split("\n\n")[0].splitlines()[2:]
-    assert len(table) == rows
-    for row in table:
-        function, line = re.search(r"\| `(\w+)`.*\| `(.*)` \|$", row).groups()
-        assert hasattr(module, function) and line in code
+def test_there_is_a_table_for_each_file():
+    assert {module for module, *_ in ROWS} == MODULES.keys() and len(ROWS) > 20
+
+
+@pytest.mark.parametrize("module, paper, function, line", ROWS, ids=lambda x: x[:30])
+def test_the_equation_tables_quote_the_code(module, paper, function, line):
+    code = inspect.getsource(getattr(MODULES[module], function)).splitlines()
+    assert line in [text.split("  #")[0].strip() for text in code]
+    numbers = re.match(r"eq\. \d+(-\d+)?( and \d+)?", paper)
+    numbers = re.findall(r"(\d+)(?:-(\d+))?", numbers[0]) if numbers else []
+    places = [n for a, b in numbers for n in range(int(a), int(b or a) + 1)]
+    places += re.findall(r"Algorithm \d|theorem \d|property \d|section 4\.1\.2", paper)
+    said = re.sub(r"^(eq\. \d+(-\d+)?( and \d+)?|Algorithm \d|section [\d.]+), ?", "", paper)
+    for place in places:
+        assert re.match(PAPERS[module][place], said), f"{place} is {PAPERS[module][place]}"
 
 
 def test_every_column_is_explained():
-    table = README.split("## What each metric means")[1].split("\n\n**")[0]
-    others = {"rounds", "kl", "clip_share", "ratio_mean", "ratio_min", "ratio_max"}
-    assert set(re.findall(r"`([a-z_]+)`", table)) >= {*common.COLUMNS, *others}
+    table = TEXT.split("| column | meaning |")[1].split("\n\n")[0]
+    cells = " ".join(row.split(" | ")[0] for row in table.split("\n")[2:])
+    columns = {name for module in (gpg, grpo, copg) for name in module.COLUMNS.split()}
+    assert set(re.findall(r"`([a-z]\w*)`", cells)) == columns
 
 
-def test_every_flag_in_the_readme_exists():
+def test_every_flag_exists(capsys):
     def flags(text):
         return set(re.findall(r"--[a-z][a-z-]+", text))
 
     helps = {}
-    scripts = ["gpg.py", "grpo.py", "copg.py", "bandit_toy.py"]
-    for script in [*scripts, "tests/compare.py", "tests/benchmark.py"]:
-        command = [sys.executable, script, "--help"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        helps[script] = flags(result.stdout)
-        commands = re.findall(rf"python {script}[^\n`]*", README)
-        assert commands and flags(" ".join(commands)) <= helps[script]
-    mentioned = flags(" ".join(re.findall(r"`--[^`]*`", README)))
+    for name, module in MODULES.items():
+        with pytest.raises(SystemExit):
+            getattr(module, "parse_args" if name != "bandit_toy" else "main")(["--help"])
+        helps[f"{name}.py"] = flags(capsys.readouterr().out)
+    commands = re.findall(r"python ((?:extras/|tests/)?\w+\.py)([^\n`]*)", TEXT)
+    assert {script for script, _ in commands} >= helps.keys()
+    for script, rest in commands:
+        assert (ROOT / script).exists(), script
+        if flags(rest) and script not in helps:
+            result = subprocess.run(
+                [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
+            )
+            helps[script] = flags(result.stdout)
+        assert flags(rest) <= helps.get(script, set()), (script, rest)
+    mentioned = flags(" ".join(re.findall(r"`--[^`]*`", TEXT)))
     assert len(mentioned) > 8 and mentioned <= set.union(*helps.values())
 
 
 def test_the_task_of_the_readme_works_as_pasted(tmp_path, monkeypatch):
     """With a warm-start of two steps: the example is to run, not to learn."""
-    example = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "Reverse" in b)
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    (example,) = (block for block in blocks if "gymnasium.register" in block)
     (tmp_path / "my_tasks.py").write_text(example)
+    name, rest = re.search(r"python gpg\.py --task (my_tasks:\S+)(.*)", TEXT).groups()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_tasks", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(common, "WARM_START", common.WARM_START | {"steps": 2})
-    command = re.search(r"python gpg\.py (--task my_tasks:.*)", README)[1].split()
-    gpg.train(gpg.parse_args([*command, "--steps", "1", "--eval-problems", "4"]))
-    assert (tmp_path / "runs" / "reverse" / "checkpoint" / "model.safetensors").exists()
-    task = common.make_task("my_tasks:Reverse-v0", "test")
-    assert task.unwrapped.split == "test"
-    right = [task.unwrapped.demonstration(i) == task.unwrapped.problem(i)[1] for i in range(400)]
-    assert sum(right) / 400 == pytest.approx(0.55, abs=0.1)
+    monkeypatch.setitem(tiny.WARM_START, "steps", 2)
+    args = ["--task", name, *rest.split(), "--steps", "1", "--eval-problems", "4"]
+    run = gpg.train(gpg.parse_args(args))
+    assert (run.checkpoint / "model.safetensors").exists()
+    task = common.make_task(name, "test").unwrapped
+    assert task.split == "test"
+    right = [task.demonstration(i) == task.problem(i)[1] for i in range(400)]
+    assert 0.3 < sum(right) / 400 < 0.8  # demonstrations with slips leave room to learn
 
 
-def test_no_placeholder_is_left():
-    assert "@@" not in README
+@pytest.mark.parametrize("page", [README, RESULTS], ids=lambda page: page.name)
+def test_pictures_and_links_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    for picture in pictures:
+        assert (page.parent / picture).resolve().parent == ROOT / ".assets"
+        if shutil.which("git"):  # 0: git ignores it, so that it would never be committed
+            command = ["git", "check-ignore", "-q", (page.parent / picture).resolve()]
+            assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode != 0
+    assert pictures
+    assert "@@" not in text  # a placeholder

@@ -1,533 +1,698 @@
-"""The life of a run: files, resume, signals, kills, bad input. Real processes where it matters."""
+"""The life of a run: files, resume, kills, signals, bad input. Real processes where it matters."""
 
 import csv
+import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import resource
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import copg
 import gpg
-from common import UserError
+import grpo
+from tasks import TextTask, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMINGS = ("seconds", "tokens_per_second")
+SCRIPTS = {"gpg.py": gpg, "grpo.py": grpo, "copg.py": copg}
+OWN_FLAGS = {
+    "gpg.py": ["--group-size", 4],
+    "grpo.py": ["--group-size", 4, "--minibatches", 2],
+    "copg.py": ["--pairs", 24, "--beta", 0.3],
+}
+STEPS = 6
+every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
-def flags(model_dir, out, *more):
+class Letters(TextTask):
+    """An untrained model gets some rewards and solves some problems, not all of them."""
+
+    def problem(self, index):
+        return f"{index % 10}?", ""
+
+    def reward(self, completion, answer):
+        return sum(map(len, completion.split("\ufffd"))) / 8 - 0.4
+
+
+gymnasium.register("Letters-v0", Letters)
+
+
+def flags(script, model, out, *more):
     """A run of six steps that takes a second or two."""
     small = [
-        "--model", model_dir, "--out", out, "--steps", 6, "--prompts", 4, "--group-size", 4,
-        "--max-new-tokens", 6, "--eval-every", 2, "--eval-problems", 4, "--eval-samples", 2,
-        "--save-every", 1, "--lr", 1e-2, "--task", "tests.run_tasks:Digits-v0", *more,
+        "--model", model, "--out", out, "--task", "test_runs:Letters-v0", "--steps", STEPS,
+        "--prompts", 4, "--max-new-tokens", 6, "--eval-every", 2, "--eval-problems", 4,
+        "--eval-samples", 2, "--save-every", 1, "--lr", 1e-2, "--device", "cpu",
+        *OWN_FLAGS[script], *more,
     ]  # fmt: skip
     return [str(flag) for flag in small]
 
 
-def run(argv):
-    """gpg.py as the command line runs it, in this process or in a forked one."""
+def run(script, argv):
+    """What a script does with its command line, in this process."""
+    with common.plain_errors(script):
+        SCRIPTS[script].train(SCRIPTS[script].parse_args([str(flag) for flag in argv]))
+
+
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+
+def child(script, argv, log, die=None, disk=None, watch=None):
+    """The same in a process of its own, as `python script` does it.
+
+    die=(event, name, n): it kills itself just before the n-th such event of Python's audit hooks on
+    a file of this name (None: on any file). disk: no file can be larger. watch: the directory of a
+    run that must have a whole checkpoint before every change of any file.
+    """
     torch.set_num_threads(1)
     os.chdir(ROOT)
-    with common.plain_errors("gpg.py"):
-        gpg.train(gpg.parse_args(argv))
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    if disk:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
+    seen, busy, truth, save = [], [], {}, common.Run.save
+
+    def hook(event, args):
+        if event not in CHANGES or busy:
+            return
+        busy.append(event)  # what the hook itself opens does not count
+        if die and die[:2] in ((None, None), (event, Path(str(args[0])).name)):
+            seen.append(event)
+            if len(seen) == die[2]:
+                os.kill(os.getpid(), signal.SIGKILL)
+        if watch and len(truth) > 1:  # step 0 has been saved
+            assert is_whole(watch / "checkpoint", truth) or is_whole(
+                watch / "checkpoint.old", truth
+            )
+        busy.clear()
+
+    def remember(run):
+        truth[run.state["step"]] = {k: w.clone() for k, w in run.model.state_dict().items()}
+        save(run)
+
+    common.Run.save = remember
+    sys.addaudithook(hook)
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
+    assert not watch or len(truth) == STEPS + 1
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def is_whole(checkpoint, truth):
+    """Can it be resumed, and are its weights those of its step?"""
+    try:
+        step, weights = step_of(checkpoint), load_file(checkpoint / "model.safetensors")
+        complete = all((checkpoint / name).exists() for name in ("config.json", "tokenizer.json"))
+    except Exception:  # many ways to be damaged
+        return False
+    return complete and all(torch.equal(weights[key], truth[step][key]) for key in weights)
+
+
+def step_of(checkpoint):
+    return torch.load(checkpoint / "training_state.pt", weights_only=True)["state"]["step"]
 
 
 @pytest.fixture(scope="module")
-def forks():
-    """Processes forked from one that has imported everything: ten starts cost what one costs."""
+def start():
+    """start(script, argv, out, ...): `child` in a process forked from one that has imported
+    everything, so that ten starts cost what one costs. Its output is in out.log."""
     path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "test_runs"])
-    return context
+    context.set_forkserver_preload(["conftest", "test_runs", "matplotlib.pyplot"])
+
+    def start(script, argv, out, **more):
+        process = context.Process(
+            target=child, args=(script, argv, Path(f"{out}.log")), kwargs=more
+        )
+        process.start()
+        return process
+
+    return start
 
 
-def start(forks, argv):
-    process = forks.Process(target=run, args=(argv,))
-    process.start()
-    return process
+def finish(process, out, status=0):
+    process.join(120)
+    assert process.exitcode == status, Path(f"{out}.log").read_text()
 
 
-def rows(out):
-    with (Path(out) / "metrics.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the forked processes: results are compared bit for bit
+    # Drawing takes longer than such a run; the forked processes do draw.
+    monkeypatch.setattr(common, "draw_curves", lambda out: (out / "curves.png").touch())
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(forks, model_dirs, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    process = start(forks, flags(model_dirs["qwen2"], out))
-    process.join(120)
-    assert process.exitcode == 0
-    return out
+def model(model_dirs):
+    return model_dirs["qwen2"]
+
+
+@pytest.fixture(scope="module")
+def whole(start, model, tmp_path_factory):
+    """{script: the directory of an uninterrupted run}. All the while it had a whole checkpoint."""
+    runs = {}
+    for script in SCRIPTS:
+        runs[script] = tmp_path_factory.mktemp("whole") / "run"
+        argv = flags(script, model, runs[script])
+        finish(start(script, argv, runs[script], watch=runs[script]), runs[script])
+    return runs
+
+
+def rows(out):
+    """metrics.csv without the timings."""
+    with (out / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    timings = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
+
+
+def assert_same(out, other, why=""):
+    """Equal bit for bit: metrics, samples, weights, optimizer, random states, counters."""
+    assert rows(out) == rows(other), why
+    for name in ("samples.jsonl", "checkpoint/model.safetensors"):
+        assert (out / name).read_bytes() == (other / name).read_bytes(), (name, why)
+    states = [torch.load(run / "checkpoint/training_state.pt") for run in (out, other)]
+    for saved in states:
+        del saved["state"]["seconds"], saved["state"]["bytes"]["metrics.csv"]  # timings
+    torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True, msg=f"state; {why}")
+    assert not (out / "checkpoint.new").exists() and not (out / "checkpoint.old").exists()
+
+
+def contents(folder):
+    return {p: (p.is_file() and p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*")}
 
 
 # ---- what a run leaves ----
 
 
-def test_files(uninterrupted):
-    names = {path.name for path in uninterrupted.iterdir()}
-    assert names == {"config.json", "metrics.csv", "samples.jsonl", "curves.png", "checkpoint"}
-    config = json.loads((uninterrupted / "config.json").read_text())
-    assert config["group_size"] == 4 and config["beta_th"] == 0.6
-    table = rows(uninterrupted)
-    assert list(table[0])[: len(common.COLUMNS) - 2] == [
-        name for name in common.COLUMNS if name not in TIMINGS
-    ]
-    assert [row["step"] for row in table] == [str(i) for i in range(7)]
-    assert [bool(row["eval_accuracy"]) for row in table] == [True, False] * 3 + [True]
-    assert len({row["reward_mean"] for row in table[1:]}) > 1  # or "equal" below proves nothing
-    samples = [json.loads(line) for line in (uninterrupted / "samples.jsonl").open()]
-    assert len(samples) == 6 * 4 and set(samples[0]) == {"step", "prompt", "completion", "reward"}
-    assert (uninterrupted / "curves.png").read_bytes()[:4] == b"\x89PNG"
+@every_script
+def test_files(whole, script):
+    out, columns = whole[script], SCRIPTS[script].COLUMNS.split()
+    names = {"config.json", "metrics.csv", "samples.jsonl", "curves.png", "checkpoint"}
+    assert {path.name for path in out.iterdir()} - {"data.jsonl"} == names
+    config = json.loads((out / "config.json").read_text())
+    assert config["prompts"] == 4 and config["command"].startswith(f"{script} --model ")
+    assert (out / "metrics.csv").read_text().split("\n")[0] == ",".join(columns)
+    table = rows(out)
+    assert [row["step"] for row in table] == [str(i) for i in range(STEPS + 1)]
+    figure = "eval_reward" if script == "copg.py" else "eval_accuracy"
+    assert [bool(row[figure]) for row in table] == [True, False] * 3 + [True]
+    assert len({row["loss"] for row in table}) > 4  # or "equal" below proves nothing
+    samples = [json.loads(line) for line in (out / "samples.jsonl").open()]
+    steps = [0, 2, 4, 6] if script == "copg.py" else range(1, STEPS + 1)
+    assert sorted({sample["step"] for sample in samples}) == list(steps)
+    assert {"prompt", "completion", "reward"} <= samples[0].keys()
+    assert AutoModelForCausalLM.from_pretrained(out / "checkpoint").dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(out / "checkpoint")("12").input_ids == [16, 17]
 
 
-def test_checkpoint_is_a_hugging_face_directory(uninterrupted):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@every_script
+def test_curves_and_summary(whole, script):
+    import matplotlib.pyplot as plt
 
-    model = AutoModelForCausalLM.from_pretrained(uninterrupted / "checkpoint")
-    assert model.dtype == torch.float32
-    assert AutoTokenizer.from_pretrained(uninterrupted / "checkpoint")("12").input_ids == [16, 17]
+    out, table = whole[script], rows(whole[script])
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    blue = torch.tensor(plt.imread(out / "curves.png")[..., :3]) - torch.tensor([0.12, 0.47, 0.71])
+    assert (blue.abs().amax(-1) < 0.1).sum() > 1000  # pixels of the curves
+    summary = Path(f"{out}.log").read_text().rpartition("6 of 6 steps")[2]
+    figure = "reward" if script == "copg.py" else "accuracy"
+    for name, row in (("before", table[0]), ("after", table[-1])):
+        mean, error = (float(row[f"eval_{figure}{x}"]) for x in ("", "_stderr"))
+        said = re.search(rf"{name} +{figure} (\S+) \+- (\S+)", summary).groups()
+        assert [float(x) for x in said] == pytest.approx([mean, error], abs=6e-4)
+    assert re.search(r"took +\d+ s, ", summary) and re.search(r"\d\.\d\d GiB at the peak", summary)
+    for path in ("curves.png", "samples.jsonl", "checkpoint"):
+        assert f"{out}/{path}" in summary
+    if script != "copg.py":
+        lengths = [float(row["completion_length"]) for row in table[1:]]
+        rounds = [float(row["rounds"]) for row in table[1:]]
+        tokens = sum(16 * n * length for n, length in zip(rounds, lengths, strict=True))
+        assert f"{tokens:,.0f} sampled tokens" in summary
+    assert "--resume" not in summary
+
+
+# ---- kills and resume ----
+
+
+@every_script
+def test_killed_at_random_instants(start, whole, model, tmp_path, script):
+    """SIGKILL after random times and at random changes of files; then equal bit for bit."""
+    seed = time.time_ns() % 10**6
+    why, rng, kills = f"seed {seed}", random.Random(seed), 0
+    out = tmp_path / "run"
+    argv = flags(script, model, out)
+    for attempt in range(9):
+        die = None if attempt % 3 == 2 else (None, None, rng.randrange(10, 70))  # 26 per save
+        process = start(script, argv, out, die=die)
+        process.join(120 if die else rng.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if (out / "checkpoint").exists() and step_of(out / "checkpoint") == STEPS:
+            shutil.rmtree(out / "checkpoint.old", ignore_errors=True)  # killed while it was deleted
+            break
+        argv = ["--resume", str(out)]
+        if not (out / "config.json").exists():  # killed before there was a run
+            shutil.rmtree(out, ignore_errors=True)
+            argv = flags(script, model, out)
+    else:
+        finish(start(script, argv, out), out)
+    assert kills > 1, why
+    assert_same(out, whole[script], why)
+
+
+@pytest.mark.parametrize(
+    "die, written, saved",  # steps
+    [
+        (("os.rename", "checkpoint.new", 1), 0, None),  # before step 0 is saved
+        (("os.rename", "checkpoint", 3), 3, 2),  # before the old checkpoint makes room
+        (("os.rename", "checkpoint.new", 4), 3, 2),  # between the two renames
+        (("shutil.rmtree", "checkpoint.old", 7), 3, 3),  # before the old checkpoint is deleted
+        (("shutil.rmtree", "checkpoint.new", 4), 3, 2),  # before the new one is written
+    ],
+)
+def test_killed_at_the_narrowest_instants(start, whole, model, tmp_path, die, written, saved):
+    out = tmp_path / "run"
+    finish(start("gpg.py", flags("gpg.py", model, out), out, die=die), out, -signal.SIGKILL)
+    assert len(rows(out)) == written + 1
+    resumed = common.Run(gpg.parse_args(["--resume", str(out)]), gpg.COLUMNS)
+    assert resumed.resumed == (saved is not None)
+    if resumed.resumed:  # and no new start, which would lead to the same files
+        assert step_of(Path(resumed.weights)) == saved
+    del resumed  # and its lock
+    finish(start("gpg.py", ["--resume", str(out)], out), out)
+    assert_same(out, whole["gpg.py"])
+
+
+def test_rows_beyond_the_checkpoint_are_cut(whole, model, tmp_path, monkeypatch):
+    """Killed between two checkpoints, and while a line was written."""
+    out = tmp_path / "run"
+    stop_after(3, monkeypatch)
+    run("gpg.py", flags("gpg.py", model, out))
+    with (out / "metrics.csv").open("a") as file:
+        file.write("4" + ",9" * (len(gpg.COLUMNS.split()) - 1) + "\n5,0.1")
+    with (out / "samples.jsonl").open("a") as file:
+        file.write('{"step": 4, "prompt": "x"}\n{"step": 5, "pro')
+    run("gpg.py", ["--resume", out])
+    assert_same(out, whole["gpg.py"])
+
+
+def stop_after(step, monkeypatch, signum=signal.SIGINT):
+    """The signal comes during this step."""
+    log = common.Run.log
+
+    def log_then_signal(self, *args, **more):
+        log(self, *args, **more)
+        if self.row["step"] == step:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(common.Run, "log", log_then_signal)
 
 
 # ---- resume ----
 
 
-def test_killed_ten_times(forks, model_dirs, tmp_path):
-    """SIGKILL at ten arbitrary moments, inside a save too: resumed, the metrics are the same."""
-    longer = ["--steps", 150, "--eval-every", 50]  # so many that a busy machine kills in time too
-    whole, out, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    process = start(forks, flags(model_dirs["qwen2"], whole, *longer))
-    process.join(120)
-    argv = flags(model_dirs["qwen2"], out, *longer)
-    for kill in range(10):
-        done = step_of(out / "checkpoint")
-        process = start(forks, argv)
-        argv = ["--resume", str(out)]
-        wait_for(process, lambda: (out / "config.json").exists())  # before, there is no run to kill
-        if kill > 1:  # the first two come at the very beginning
-            goal = done + kill - 1
-            wait_for(process, lambda goal=goal: step_of(out / "checkpoint") >= goal)
-        if kill % 2:
-            wait_for(process, (out / "checkpoint.new").exists)
-        time.sleep(rng.random() * 0.03)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    assert 10 < step_of(out / "checkpoint") < 150
-    process = start(forks, argv)
-    process.join(120)
-    assert process.exitcode == 0
-    assert rows(out) == rows(whole) and len(rows(out)) == 151
-    assert (out / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    assert not (out / "checkpoint.old").exists()
-
-
-def step_of(checkpoint):
-    """The step of a checkpoint that is there right now; -1 if there is none to be read."""
-    try:
-        state = torch.load(checkpoint / "training_state.pt", weights_only=True)["state"]
-    except Exception:  # it is being replaced
-        return -1
-    return state["step"]
-
-
-def wait_for(process, condition):
-    deadline = time.time() + 120
-    while not condition():
-        assert time.time() < deadline and process.is_alive()
-        time.sleep(0.001)
-
-
-def test_a_kill_between_the_two_renames(forks, uninterrupted, model_dirs, tmp_path, monkeypatch):
-    """The narrowest moment of a save, hit on purpose: only checkpoint.old is left."""
+@every_script
+def test_more_steps(whole, model, tmp_path, script, capsys):
     out = tmp_path / "run"
-    stop_after(3, monkeypatch)
-    gpg.train(gpg.parse_args(flags(model_dirs["qwen2"], out)))
-    monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
-    (out / "checkpoint").rename(out / "checkpoint.old")
-    gpg.train(gpg.parse_args(["--resume", str(out)]))
-    assert rows(out) == rows(uninterrupted)
+    run(script, flags(script, model, out, "--steps", 4))
+    run(script, ["--resume", out, "--steps", STEPS])
+    assert_same(out, whole[script])
+    assert json.loads((out / "config.json").read_text())["steps"] == STEPS
+    assert "cosine" not in capsys.readouterr().out
 
 
-def stop_after(step, monkeypatch):
-    """As if Ctrl-C came during this step."""
-    log = common.Run.log
-
-    def log_then_stop(self, number, *args, **more):
-        log(self, number, *args, **more)
-        if number == step:
-            self.stop(signal.SIGINT, None)
-
-    monkeypatch.setattr(common.Run, "log", log_then_stop)
-
-
-def test_rows_after_the_checkpoint_are_cut(uninterrupted, model_dirs, tmp_path, monkeypatch):
-    """A crash after the row and before the save leaves a row too many, and perhaps half a line."""
+def test_more_steps_of_a_cosine_say_so(model, tmp_path, capsys):
     out = tmp_path / "run"
-    stop_after(3, monkeypatch)
-    gpg.train(gpg.parse_args(flags(model_dirs["qwen2"], out)))
-    monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
-    with (out / "metrics.csv").open("a") as file:
-        file.write("4,9,9,9,9,9,9,9,9,9,9,9,9,9,9\n5,0.1")
-    with (out / "samples.jsonl").open("a") as file:
-        file.write('{"step": 4, "prompt": "x"}\n{"step": 5, "pro')
-    gpg.train(gpg.parse_args(["--resume", str(out)]))
-    assert rows(out) == rows(uninterrupted)
-    assert (out / "samples.jsonl").read_text() == (uninterrupted / "samples.jsonl").read_text()
+    run("gpg.py", flags("gpg.py", model, out, "--steps", 2, "--schedule", "cosine", "--warmup", 0))
+    assert "cosine schedule" not in capsys.readouterr().out.replace("--schedule cosine", "")
+    run("gpg.py", ["--resume", out, "--steps", 4])
+    assert "cosine schedule now ends at step 4" in capsys.readouterr().out
+    rates = [float(row["lr"] or 0) for row in rows(out)]
+    assert rates[2] == 0 and rates[3] > 0 and rates[4] == 0
 
 
-def test_more_steps(uninterrupted, model_dirs, tmp_path):
-    out = tmp_path / "run"
-    gpg.train(gpg.parse_args(flags(model_dirs["qwen2"], out, "--steps", 4)))
-    gpg.train(gpg.parse_args(["--resume", str(out), "--steps", "6"]))
-    assert rows(out) == rows(uninterrupted)
-    assert json.loads((out / "config.json").read_text())["steps"] == 6
+def test_flags_beside_resume(whole, model):
+    out = whole["gpg.py"]
+    for more in (
+        ["--lr", "5"], ["--beta-th", "0.5"], ["--prompts", "16"], ["--model", "tiny"],
+        ["--seed", "1"], ["--out", "elsewhere"], ["--no-alpha"], ["--save-every", "2"],
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"{more[0]} .* contradicts --resume .*run, where it"):
+            gpg.parse_args(["--resume", str(out), "--steps", "9", *more])
+    same = flags("gpg.py", model, out, "--resume", out, "--steps", 7)
+    assert gpg.parse_args(same).steps == 7 and gpg.parse_args(same).lr == 1e-2
+    assert gpg.parse_args(["--resume", str(out), "--device", "cuda:1"]).device == "cuda:1"
+    with pytest.raises(UserError, match=r"is a run of gpg\.py"):
+        grpo.parse_args(["--resume", str(out)])
+
+
+def test_resume_of_the_default_directory_under_any_name(model, tmp_path, monkeypatch):
+    """runs/gpg/ with a slash, as the shell completes it; moved somewhere else."""
+    monkeypatch.chdir(tmp_path)
+    argv = flags("gpg.py", model, "x", "--steps", 1)
+    del argv[2:4]  # no --out
+    for script in SCRIPTS:
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        stem, parse = Path(script).stem, SCRIPTS[script].parse_args
+        for name in (stem, f"{stem}-2", f"{stem}-3"):
+            assert parse([]).out == f"runs/{name}"
+            (tmp_path / "runs" / name).mkdir()
+    shutil.rmtree("runs/gpg")
+    run("gpg.py", argv)
+    run("gpg.py", ["--resume", "runs/gpg/", "--steps", 2])
+    Path("runs/gpg").rename("moved")
+    run("gpg.py", ["--resume", tmp_path / "moved", "--steps", 3])
+    assert len(rows(tmp_path / "moved")) == 4
 
 
 # ---- signals ----
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_saves(forks, model_dirs, tmp_path, signum):
-    out = tmp_path / "run"
-    process = start(forks, flags(model_dirs["qwen2"], out, "--steps", 500, "--eval-every", 100))
-    wait_for(process, lambda: step_of(out / "checkpoint") >= 2)
-    os.kill(process.pid, signum)
-    process.join(60)
-    assert process.exitcode == 0
-    done = len(rows(out))
-    assert 3 <= done < 501 and (out / "curves.png").exists()
-    state = torch.load(out / "checkpoint" / "training_state.pt", weights_only=True)["state"]
-    assert state["step"] == done - 1
-    process = start(forks, ["--resume", str(out), "--steps", str(done + 2)])
-    process.join(60)
-    assert len(rows(out)) == done + 3
+def test_a_signal_finishes_the_step_and_saves(whole, model, tmp_path, monkeypatch, signum, capsys):
+    out, before = tmp_path / "run", signal.getsignal(signum)
+    stop_after(3, monkeypatch, signum)
+    run("gpg.py", flags("gpg.py", model, out, "--save-every", 100))
+    assert signal.getsignal(signum) is before
+    assert len(rows(out)) == 4 and step_of(out / "checkpoint") == 3
+    said = capsys.readouterr()
+    assert "3 of 6 steps" in said.out and f"python gpg.py --resume {out}" in said.out
+    assert "finishing this step" in said.err and (out / "curves.png").exists()
+    run("gpg.py", ["--resume", out])
+    assert_same(out, whole["gpg.py"])
 
 
-def test_a_second_signal_stops_at_once(model_dirs, tmp_path, monkeypatch, capsys):
+def test_a_second_signal_stops_at_once(model, tmp_path, monkeypatch, capsys):
     def twice(self, *args):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
 
     monkeypatch.setattr(common.Run, "next_problems", twice)
-    with pytest.raises(SystemExit) as stop:
-        run(flags(model_dirs["qwen2"], tmp_path / "run"))
-    assert stop.value.code == 130
-    assert capsys.readouterr().err.endswith("gpg.py: stopped\n")
+    out, began = tmp_path / "run", time.time()
+    line = refused("gpg.py", flags("gpg.py", model, out), capsys, status=130)
+    assert line == f"gpg.py: stopped; to continue: python gpg.py --resume {out}"
+    assert time.time() - began < 8 and step_of(out / "checkpoint") == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-# ---- bad input: one line, exit status 2, nothing overwritten ----
+# ---- two processes ----
 
 
-def refused(argv, *parts, status=2, capsys=None):
+def test_two_processes_in_one_directory(start, whole, model, tmp_path):
+    out = tmp_path / "run"
+    first = flags("gpg.py", model, out, "--steps", 4)
+    for argv in (first, ["--resume", str(out), "--steps", str(STEPS)]):
+        held = common.Run(gpg.parse_args(argv), gpg.COLUMNS)  # has not written anything yet
+        process = start("gpg.py", argv, tmp_path / "second")
+        finish(process, tmp_path / "second", 2)
+        (line,) = (tmp_path / "second.log").read_text().splitlines()
+        assert line == f"gpg.py: {out}: another process is training there"
+        del held
+        both = [start("gpg.py", argv, tmp_path / f"both-{i}") for i in range(2)]
+        for process in both:
+            process.join(120)
+        assert sorted(process.exitcode for process in both) == [0, 2]
+    assert_same(out, whole["gpg.py"])
+
+
+# ---- bad input: one line, exit status 2, nothing written ----
+
+
+def refused(script, argv, capsys, *parts, status=2):
+    """Runs it, and returns the one line that it ends with."""
     with pytest.raises(SystemExit) as stop:
-        run([str(flag) for flag in argv])
-    assert stop.value.code == status
+        run(script, argv)
+    code, error = stop.value.code, stop.value
+    while error:  # its traceback holds the run, and the run its lock and signal handlers
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
     err = capsys.readouterr().err
     line = err.rstrip("\n").rpartition("\n")[2].rpartition("\r")[2]
-    assert line.startswith("gpg.py: ") and "Traceback" not in err
+    assert code == status and line.startswith(f"{script}: ") and "Traceback" not in err
     for part in parts:
         assert part in line
     return line
 
 
-@pytest.mark.parametrize(
-    "given, parts",
-    [
-        (["--task", "subtract"], ["--task subtract", "add, gsm8k"]),
-        (["--task", "none.jsonl"], ["none.jsonl"]),
-        (["--model", "/no/such/model"], ["/no/such/model"]),
-        (["--group-size", "1"], ["--group-size 1"]),
-        (["--group-size", "0"], ["--group-size", "above 0"]),
-        (["--prompts", "-3"], ["--prompts", "above 0"]),
-        (["--steps", "0"], ["--steps", "above 0"]),
-        (["--steps", "many"], ["--steps", "many"]),
-        (["--max-new-tokens", "0"], ["--max-new-tokens", "above 0"]),
-        (["--max-new-tokens", "300"], ["context of 256", "--max-new-tokens"]),
-        (["--temperature", "0"], ["--temperature", "above 0"]),
-        (["--lr", "nan"], ["--lr", "above 0"]),
-        (["--lr", "-1"], ["--lr", "above 0"]),
-        (["--warmup", "-1"], ["--warmup"]),
-        (["--weight-decay", "-1"], ["--weight-decay"]),
-        (["--seed", "-1"], ["--seed"]),
-        (["--beta-th", "1.5"], ["--beta-th", "between 0 and 1"]),
-        (["--f-norm", "2"], ["--f-norm"]),
-        (["--micro-batch-tokens", "0"], ["--micro-batch-tokens"]),
-        (["--eval-problems", "0"], ["--eval-problems"]),
-        (["--device", "cuda:77"], ["--device cuda:77", "--device cpu"]),
-        (["--device", "abacus"], ["--device abacus"]),
-        (["--data", "x"], ["--data"]),
-        (["--no-such-flag"], ["--no-such-flag", "--help"]),
-    ],
-)
-def test_bad_flags(given, parts, model_dirs, tmp_path, capsys):
-    refused([*flags(model_dirs["qwen2"], tmp_path / "run"), *given], *parts, capsys=capsys)
-    assert not (tmp_path / "run" / "metrics.csv").exists()
+ALL = "gpg.py grpo.py copg.py"
+RANGES = {  # scripts: flags with values that they refuse
+    ALL: "steps 0 -1 many 2.5 2000000000, lr 0 -1 nan inf x, warmup -1 1.5, weight-decay -1 nan, "
+    "clip-grad 0 inf, seed -1 1000001, schedule linear, prompts 0, max-new-tokens 0, "
+    "micro-batch-tokens 0, save-every 0, eval-every 0, eval-problems 0, eval-samples 0 -3",
+    "gpg.py grpo.py": "group-size 0 1, temperature 0 -1 nan inf, max-rounds 0",
+    "gpg.py": "f-norm 2, beta-th 1.5 -0.1 nan",
+    "grpo.py": "variant ppo, scale batch, aggregate group, clip-low 0, clip-high -0.2, "
+    "kl-beta -0.1 nan, minibatches 0 17, updates-per-batch 0",
+    "copg.py": "loss ppo, beta 0 nan, pairs 0, completions 0 -1, epochs 0",
+}
+RANGES = [
+    (script, f"--{flag}", values)
+    for scripts, table in RANGES.items()
+    for script in scripts.split()
+    for flag, *values in map(str.split, table.split(", "))
+]
+COMBINATIONS = [  # scripts, flags, what the line says
+    (ALL, "--task subtract", ["--task subtract", "such as add or gsm8k"]),
+    (ALL, "--task no_module:Task-v0", ["--task no_module:Task-v0", "no_module"]),
+    (ALL, "--task none.jsonl", ["none.jsonl: cannot be read"]),
+    (ALL, "--model /no/such", ["/no/such: no causal language model"]),
+    (ALL, "--task add --model tests", ["tests: no causal language model"]),
+    (ALL, "--task add --max-new-tokens 300", ["context of 256", "--max-new-tokens"]),
+    *((ALL, f"{flag} ", ["an argument is empty"]) for flag in ("--out", "--resume", "--model")),
+    (ALL, "--out=", ["an argument is empty"]),
+    (ALL, "--no-such-flag", ["--no-such-flag", "--help"]),
+    (ALL, "stray", ["stray", "--help"]),
+    *((ALL, f"--task add --device {x}", [f"--device {x}: "]) for x in ("abacus", "cuda:77", "mps")),
+    ("gpg.py", "--beta-th 0 --max-rounds 2", ["--max-rounds does nothing with --beta-th 0"]),
+    ("grpo.py", "--max-rounds 2", ["--max-rounds does nothing without --dynamic-sampling"]),
+    ("grpo.py", "--variant dapo --no-dynamic-sampling --max-rounds 2", ["--max-rounds does noth"]),
+    ("copg.py", "--data none.jsonl", ["none.jsonl: cannot be read"]),
+    ("copg.py", "--data none.jsonl --completions 3", ["--completions does nothing"]),
+    ("copg.py", "--data none.jsonl --pairs 5", ["--pairs does nothing"]),
+    ("copg.py", "--data none.jsonl --online", ["--online samples its own", "--data"]),
+    ("copg.py", "--completions 3", ["--completions does nothing"]),  # posts come with theirs
+    ("copg.py", "--task add --completions 1", ["--completions 1: a completion needs another"]),
+    ("copg.py", "--online --pairs 5", ["--pairs does nothing"]),
+    ("copg.py", "--epochs 1 --steps 5", ["--epochs and --steps"]),
+    ("copg.py", "--task add --pairs 2 --reward-model /no/such", ["--reward-model /no/such"]),
+]
+BAD = [(script, [f"{flag}={x}"], [flag, x]) for script, flag, values in RANGES for x in values]
+BAD += [(s, given.split(" "), parts) for ss, given, parts in COMBINATIONS for s in ss.split()]
 
 
-def test_directories_that_are_no_causal_model(tmp_path, model_dirs, capsys):
-    from conftest import SIZES
-    from transformers import (
-        Lfm2Config,
-        Lfm2ForCausalLM,
-        LlamaForSequenceClassification,
-        T5Config,
-        T5ForConditionalGeneration,
-    )
-
-    (tmp_path / "empty").mkdir()
-    argv = flags(tmp_path / "empty", tmp_path / "run")
-    refused(argv, "empty", "config.json", capsys=capsys)
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    T5ForConditionalGeneration(T5Config(vocab_size=258, **sizes)).save_pretrained(tmp_path / "t5")
-    common.tiny_tokenizer().save_pretrained(tmp_path / "t5")
-    refused(flags(tmp_path / "t5", tmp_path / "run"), "t5", "no causal language", capsys=capsys)
-    model, _ = common.load_model(str(model_dirs["llama"]), torch.device("cpu"))
-    LlamaForSequenceClassification(model.config).save_pretrained(tmp_path / "classifier")
-    common.tiny_tokenizer().save_pretrained(tmp_path / "classifier")
-    refused(
-        flags(tmp_path / "classifier", tmp_path / "run"), "not a causal language", "lm_head",
-        capsys=capsys,
-    )  # fmt: skip
-    hybrid = Lfm2ForCausalLM(Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]))
-    hybrid.save_pretrained(tmp_path / "hybrid")
-    common.tiny_tokenizer().save_pretrained(tmp_path / "hybrid")
-    refused(flags(tmp_path / "hybrid", tmp_path / "run"), "hybrid", "recurrent", capsys=capsys)
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("script, given, parts", BAD, ids=lambda x: "".join(x).strip())
+def test_bad_flags(script, given, parts, model, tmp_path, capsys):
+    if "--task add" not in " ".join(given):
+        model = "/no/such"  # what is wrong shows before a model is loaded
+    group = [] if script == "copg.py" else ["--group-size", 4]
+    argv = ["--model", model, "--out", tmp_path / "run", "--prompts", 4, *group, *given]
+    refused(script, argv, capsys, *parts)
+    written = {path.name for path in tmp_path.glob("run/*")}
+    late = {"config.json", "metrics.csv", "samples.jsonl"}  # seen when the first problem is read
+    assert not written - (late if "--max-new-tokens" in given else set())
 
 
-def test_a_used_out_is_left_alone(uninterrupted, model_dirs, capsys):
-    before = {p: p.read_bytes() for p in uninterrupted.rglob("*") if p.is_file()}
-    argv = flags(model_dirs["qwen2"], uninterrupted)
-    refused(argv, str(uninterrupted), "--resume", "--overwrite", capsys=capsys)
-    # --overwrite with another mistake: nothing is thrown away before the run can begin
-    refused([*argv, "--overwrite", "--model", "/no/such"], "/no/such", capsys=capsys)
-    refused([*argv, "--overwrite", "--task", "subtract"], "subtract", capsys=capsys)
-    assert {p: p.read_bytes() for p in uninterrupted.rglob("*") if p.is_file()} == before
+def refused_and_untouched(script, argv, folder, capsys, *parts):
+    before = contents(folder)
+    refused(script, argv, capsys, *parts)
+    assert contents(folder) == before
 
 
-def test_overwrite(uninterrupted, model_dirs, tmp_path):
+@every_script
+@pytest.mark.parametrize("name", ["checkpoint-500/model.bin", "samples.jsonl", "curves.png", "."])
+def test_an_out_that_is_not_empty_is_left_alone(script, name, model, tmp_path, capsys):
+    """What somebody else has written: a Trainer's checkpoint, own files, a Hugging Face model."""
+    out, argv = tmp_path / "run", flags(script, model, tmp_path / "run")
+    if name == ".":
+        shutil.copytree(model, out)
+    else:
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+    refused_and_untouched(script, argv, tmp_path, capsys, "is not empty", f"--out {out}")
+    refused_and_untouched(script, ["--resume", out], tmp_path, capsys, "config.json does not")
+    refused(script, flags(script, model, next(out.rglob("*.*"))), capsys, str(out))  # a file
+
+
+def damages(run):
+    """(file, its damaged content or None, what the line says)"""
+    for text in ("{", "[]", "{}", "null", "5", '{"command": 5}', '{"command": "\'", "steps": 6}'):
+        yield "config.json", text.encode(), "config.json does not describe a run"
+    yield "config.json", b"\xff", "config.json does not describe a run"
+    for old, new, part in (
+        ('"gpg.py', '"grpo.py', "that is a run of grpo.py"),
+        ('"steps": 6', '"steps": "many"', "--steps: invalid int value: 'many'"),
+        ('"beta_th": 0.6', '"beta_th": 0.5', "--beta-th 0.6 contradicts"),
+        ('"lr": 0.01', '"lr": null', "--lr 0.01 contradicts"),
+    ):
+        config = (run / "config.json").read_text()
+        assert old in config
+        yield "config.json", config.replace(old, new).encode(), part
+    path = "checkpoint/training_state.pt"
+    whole = torch.load(run / path)
+    states = [{k: v for k, v in whole.items() if k != name} for name in whole]
+    states += [whole | {"rng": 5}, whole | {"optimizer": {}}, whole | {"state": {}}, [1]]
+    for state in states:
+        torch.save(state, file := io.BytesIO())
+        yield path, file.getvalue(), "is damaged"
+    for name, part in (
+        (path, "is damaged"),
+        ("metrics.csv", "is damaged"),
+        ("samples.jsonl", "is damaged"),
+        ("checkpoint/model.safetensors", "no causal language model loads"),
+        ("checkpoint/tokenizer.json", "no causal language model loads"),
+    ):
+        data = (run / name).read_bytes()
+        for damaged in (None, b"", data[: len(data) // 2]):
+            yield name, damaged, part
+
+
+def test_damaged_runs(whole, tmp_path, capsys):
+    """One line, and no other file is changed."""
     out = tmp_path / "run"
-    run(flags(model_dirs["qwen2"], out, "--steps", 2))
-    run(flags(model_dirs["qwen2"], out, "--overwrite"))
-    assert rows(out) == rows(uninterrupted)
+    shutil.copytree(whole["gpg.py"], out)
+    for name, damaged, part in list(damages(out)):
+        path = out / name
+        data = path.read_bytes()
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        before = files(out)
+        more = [] if "many" in part else ["--steps", 9]
+        refused("gpg.py", ["--resume", out, *more], capsys, part)
+        assert files(out) == before, (name, damaged)
+        path.write_bytes(data)
 
 
-def test_out_that_cannot_be_made(model_dirs, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    refused(flags(model_dirs["qwen2"], tmp_path / "file"), "file", capsys=capsys)
-    refused(flags(model_dirs["qwen2"], tmp_path / "file" / "run"), "file", capsys=capsys)
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_resume_of_nothing_and_of_damage(uninterrupted, model_dirs, tmp_path, capsys, monkeypatch):
-    refused(["--resume", tmp_path / "none"], "--resume", "none", capsys=capsys)
-    refused(["--resume", uninterrupted], "raise --steps", capsys=capsys)
-    out = tmp_path / "run"
-    stop_after(3, monkeypatch)
-    run(flags(model_dirs["qwen2"], out))
-    for name in ("training_state.pt", "model.safetensors"):
-        path = out / "checkpoint" / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        refused(["--resume", out], "checkpoint", capsys=capsys)
-        path.write_bytes(whole)
-    config = out / "config.json"
-    whole = config.read_text()
-    for text in ("{", "[]", "{}", whole.replace("gpg.py", "other.py")):
-        config.write_text(text)
-        refused(["--resume", out], "config.json", capsys=capsys)
-    config.write_text(whole)
-    assert len(rows(out)) == 4
+def test_a_finished_run(whole, capsys):
+    out, before = whole["gpg.py"], files(whole["gpg.py"])
+    for more in ([], ["--steps", 6]):
+        refused("gpg.py", ["--resume", out, *more], capsys, "steps are done; raise --steps")
+    refused("gpg.py", ["--resume", out.parent / "none"], capsys, "--resume", "none")
+    assert files(out) == before
 
 
-@pytest.mark.parametrize(
-    "given, part",
-    [
-        (["--lr", "5"], "--lr 5.0 contradicts"),
-        (["--beta-th", "0.5"], "--beta-th 0.5 contradicts"),
-        (["--prompts", "16"], "--prompts 16 contradicts"),  # the default, but not the run's
-        (["--model", "tiny"], "--model tiny contradicts"),
-        (["--overwrite"], "--overwrite True contradicts"),
-        (["--out", "elsewhere"], "--out elsewhere contradicts"),
-    ],
-)
-def test_resume_with_contradicting_flags(uninterrupted, given, part, capsys):
-    refused(["--resume", uninterrupted, "--steps", 9, *given], part, capsys=capsys)
+# ---- what can go wrong on the way ----
 
 
-def test_resume_with_the_same_flags(uninterrupted, model_dirs):
-    argv = flags(model_dirs["qwen2"], uninterrupted, "--resume", uninterrupted, "--steps", 7)
-    args = gpg.parse_args(argv)
-    assert args.steps == 7 and args.lr == 1e-2
-
-
-def full_disk(argv, limit):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.stderr = open(argv[argv.index("--out") + 1] + ".err", "w")  # noqa: SIM115
-    run(argv)
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(forks, uninterrupted, model_dirs, tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(start, whole, model, tmp_path):
     """A limit on the size of files stands in for a full disk: the state with Adam's moments, from
     step 1 on, is over it; the one of step 0 is not."""
     out = tmp_path / "run"
-    weights = (uninterrupted / "checkpoint" / "model.safetensors").stat().st_size
-    argv = flags(model_dirs["qwen2"], out)
-    process = forks.Process(target=full_disk, args=(argv, int(weights * 1.5)))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 2
-    line = Path(f"{out}.err").read_text().splitlines()[-1]
-    assert line.startswith("gpg.py: ") and "checkpoint.new could not be written" in line
-    process = start(forks, ["--resume", str(out)])
-    process.join(60)
-    assert rows(out) == rows(uninterrupted)
+    size = (whole["gpg.py"] / "checkpoint" / "model.safetensors").stat().st_size
+    argv = flags("gpg.py", model, out)
+    finish(start("gpg.py", argv, out, disk=int(size * 1.5)), out, 2)
+    line = Path(f"{out}.log").read_text().splitlines()[-1]
+    assert line.startswith(f"gpg.py: {out}/checkpoint.new could not be written (")
+    assert line.endswith(f"to continue: python gpg.py --resume {out}")
+    finish(start("gpg.py", ["--resume", str(out)], out), out)
+    assert_same(out, whole["gpg.py"])
 
 
-def test_nan_stops_the_run_and_keeps_the_checkpoint(model_dirs, tmp_path, capsys, monkeypatch):
-    loss, calls = gpg.gpg_loss, []
+@every_script
+def test_nan_stops_the_run_and_keeps_the_checkpoint(script, model, tmp_path, capsys, monkeypatch):
+    learning_rate, logprobs, steps = common.learning_rate, common.completion_logprobs, []
+
+    def note_the_step(step, *args):
+        steps.append(step)
+        return learning_rate(step, *args)
 
     def nan_in_step_3(*args):
-        calls.append(1)
-        return loss(*args) * (float("nan") if len(calls) == 3 else 1.0)
+        return logprobs(*args) * (float("nan") if steps and steps[-1] == 3 else 1.0)
 
-    monkeypatch.setattr(gpg, "gpg_loss", nan_in_step_3)
+    monkeypatch.setattr(common, "learning_rate", note_the_step)
+    monkeypatch.setattr(common, "completion_logprobs", nan_in_step_3)
     out = tmp_path / "run"
-    argv = flags(model_dirs["qwen2"], out)
-    refused(argv, "step 3", "nan", "checkpoint", status=1, capsys=capsys)
-    state = torch.load(out / "checkpoint" / "training_state.pt", weights_only=True)["state"]
-    assert state["step"] == 2
-    model, _ = common.load_model(str(out / "checkpoint"), torch.device("cpu"))
-    assert all(p.isfinite().all() for p in model.parameters())
+    refused(script, flags(script, model, out), capsys, "NaN", "--lr", "--resume", status=1)
+    assert steps[-1] == 3 and step_of(out / "checkpoint") == 2
+    weights = load_file(out / "checkpoint" / "model.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_cuda_out_of_memory_names_the_flags(capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_names_the_flags(error, capsys):
     with pytest.raises(SystemExit) as stop, common.plain_errors("gpg.py"):
-        raise torch.cuda.OutOfMemoryError("2 GiB")
+        raise error
     assert stop.value.code == 2
-    assert "--micro-batch-tokens" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpg.py: out of memory") and "--micro-batch-tokens" in line
 
 
-def test_truncated_completions_are_said(model_dirs, tmp_path, capsys):
-    run(flags(model_dirs["qwen2"], tmp_path / "run", "--max-new-tokens", 1, "--steps", 2))
-    err = capsys.readouterr().err
-    assert "no completion ended within --max-new-tokens 1" in err
-
-
-# ---- the tiny model's cache ----
-
-
-@pytest.fixture
-def quick_warm_start(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(common, "WARM_START", common.WARM_START | {"steps": 2})
-
-
-def test_tiny_is_made_once_and_a_broken_cache_is_made_again(quick_warm_start, monkeypatch):
-    task = common.make_task("add")
-    first = Path(common.tiny_model(task))
-    weights = (first / "model.safetensors").read_bytes()
-    stamp = (first / "model.safetensors").stat().st_mtime_ns
-    assert common.tiny_model(task) == str(first)
-    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
-    for damage in (weights[:-1], weights[:-1] + bytes([weights[-1] ^ 1]), b""):
-        (first / "model.safetensors").write_bytes(damage)
-        common.tiny_model(task)
-        assert (first / "model.safetensors").read_bytes() == weights
-    for file in list(first.iterdir()):
-        file.unlink()
-        common.tiny_model(task)
-        assert file.exists() and (first / "model.safetensors").read_bytes() == weights
-    assert [p.name for p in first.parent.iterdir()] == [first.name]  # nothing half-made is left
-
-
-def test_tiny_is_another_for_another_task_or_recipe(quick_warm_start, monkeypatch):
-    paths = {common.tiny_model(common.make_task(name)) for name in ("add", "add2")}
-    model, _ = common.load_model("tiny", "cpu")  # without a task: that of "add"
-    assert model.name_or_path in paths
-    monkeypatch.setattr(common, "WARM_START", common.WARM_START | {"lr": 1e-3})
-    paths.add(common.tiny_model(common.make_task("add")))
-    assert len(paths) == 3
-
-
-def test_tiny_leaves_the_random_numbers_alone(quick_warm_start):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    common.tiny_model(common.make_task("add"))
-    assert torch.equal(torch.rand(3), expected)
+def test_warnings_are_said_at_powers_of_two(model, tmp_path, capsys):
+    run("gpg.py", flags("gpg.py", model, tmp_path / "run", "--max-new-tokens", 1, "--steps", 9))
+    said = capsys.readouterr()
+    steps = re.findall(r"step (\d): over a tenth of the completions end at --max-new", said.err)
+    assert steps == ["1", "2", "4", "8"] and "raise it: 9 times" in said.out
 
 
 # ---- the command line ----
 
 
-def script(*argv):
-    command = [sys.executable, *map(str, argv)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+@every_script
+def test_help_lists_the_flags(script, start, tmp_path):
+    finish(start(script, ["--help"], tmp_path / "help"), tmp_path / "help")
+    listed = set(re.findall(r"--[a-z][a-z-]+", (tmp_path / "help.log").read_text()))
+    ranged = {flag for name, flag, _ in RANGES if name == script}  # so none is forgotten
+    others = {"--help", "--model", "--task", "--no-chat-template", "--grad-checkpointing"}
+    others |= {"--out", "--resume", "--device"} | {
+        "gpg.py": {"--no-alpha"},
+        "grpo.py": {"--dynamic-sampling", "--no-dynamic-sampling"},
+        "copg.py": {"--reward-model", "--data", "--online"},
+    }[script]
+    assert listed == ranged | others
 
 
-def test_command_line(uninterrupted, model_dirs, tmp_path):
-    result = script("gpg.py", *flags(model_dirs["qwen2"], tmp_path / "run"))
+def command(cwd, *argv):
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@every_script
+def test_command_line(script, whole, model, tmp_path):
+    argv = flags(script, model, tmp_path / "run", "--steps", 2)
+    result = command(ROOT, script, *argv)
     assert result.returncode == 0, result.stderr
-    assert rows(tmp_path / "run") == rows(uninterrupted)
-    for part in ("before", "after", "accuracy", "+-", "greedy", "pass@2", "GiB", "curves.png"):
-        assert part in result.stdout
-    for part in ("reward", "valid", "alpha", "accuracy", "tokens/s"):
-        assert part in result.stderr
-    figure = tmp_path / "both.png"
-    result = script("common.py", tmp_path / "run", uninterrupted, "--out", figure)
-    assert result.returncode == 0 and figure.read_bytes()[:4] == b"\x89PNG"
-    result = script("common.py", tmp_path, "--out", figure)
-    assert result.returncode == 2 and "metrics.csv" in result.stderr
+    assert rows(tmp_path / "run") == rows(whole[script])[:3]
+    assert "2 of 2 steps" in result.stdout and "loss=" in result.stderr
 
 
-def test_help():
-    result = script("gpg.py", "--help")
-    assert result.returncode == 0
-    for flag in ("--beta-th", "--resume", "--micro-batch-tokens", "--seed"):
-        assert flag in result.stdout
-
-
-def test_evaluation_takes_no_random_number_from_training(model_dirs):
-    model, tokenizer = common.load_model(str(model_dirs["qwen2"]), torch.device("cpu"))
-    args = gpg.parse_args(flags(model_dirs["qwen2"], "x", "--task", "add"))
-    results = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        expected = torch.rand(1)
-        torch.manual_seed(seed)
-        results.append(common.evaluate(model, tokenizer, common.make_task("add", "test"), args))
-        assert torch.equal(torch.rand(1), expected)
-    assert results[0] == results[1]
-
-
-def test_warnings_are_said_at_powers_of_two(model_dirs, tmp_path, capsys):
-    run = common.Run(gpg.parse_args(flags(model_dirs["qwen2"], tmp_path / "run")))
-    for step in range(1, 10):
-        run.warn(step, "hm")
-    said = [line for line in capsys.readouterr().err.splitlines() if "hm" in line]
-    assert [line.split(":")[0] for line in said] == ["step 1", "step 2", "step 4", "step 8"]
-
-
-def test_user_errors_are_value_errors():
-    assert issubclass(UserError, ValueError)
+def test_an_error_in_the_users_task_shows_its_traceback(model, tmp_path):
+    (tmp_path / "my_tasks.py").write_text(
+        "import gymnasium\nfrom tasks import TextTask\n\nclass Bad(TextTask):\n"
+        "    def problem(self, index): return str(index), 'x'\n"
+        "    def reward(self, completion, answer): return len(open('/no/such/file').read())\n\n"
+        "gymnasium.register('Bad-v0', Bad)\n"
+    )
+    argv = flags("gpg.py", model, "run", "--task", "my_tasks:Bad-v0")
+    result = command(tmp_path, ROOT / "gpg.py", *argv)
+    named, _, shown = result.stderr.partition("Traceback")
+    assert result.returncode == 1, result.stderr
+    assert re.search(r"\nthe task failed at problem 0, completion '.*':\n", named)
+    assert "len(open(" in shown and shown.endswith("No such file or directory: '/no/such/file'\n")

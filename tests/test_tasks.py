@@ -1,114 +1,107 @@
-"""Tasks and the verifier: a hand-made table, hostile texts, the Gymnasium contract, files."""
+"""The verifier, the tasks, the Gymnasium contract, files, and the tiny models' cache."""
 
+import hashlib
 import json
+import math
+import random
 import time
 import warnings
+from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
 import common
-from common import UserError, is_correct, make_task
+from tasks import (
+    Posts,
+    TextTask,
+    UserError,
+    cache_dir,
+    extract_answer,
+    get_prompts,
+    get_rewards,
+    held_out,
+    is_correct,
+    make_task,
+    tiny,
+)
+from tasks.addition import CAREFUL
+from tasks.jsonl import read_records
+from tasks.posts import PREFERENCES
 
-RIGHT = [  # completion, answer
-    # where the answer stands
-    (r"\boxed{72}", "72"),
-    (r"first \boxed{5}, then \boxed{72}", "72"),
-    (r"\boxed{72} and 5 more", "72"),
-    (r"#### 5 but \boxed{72}", "72"),
-    (r"\boxed{72} #### 5", "72"),
-    ("#### 72", "72"),
-    ("#### 5\n#### 72", "72"),
-    ("####72", "72"),
-    ("####\n72", "72"),
-    ("5 + 67\n#### 72\nthat is all, 100%", "72"),
-    ("the answer is 72", "72"),
-    ("5 + 67 = 72", "72"),
-    ("5 + 67 = 72.", "72"),
-    ("it is 72, I think", "72"),
-    (r"an open \boxed{5 but #### 72", "72"),
-    (r"an open \boxed{5 but 72", "72"),
-    # numbers
-    ("#### 72.0", "72"),
-    ("#### 72", "72.00"),
-    ("#### $72", "72"),
-    (r"#### \$72", "72"),
-    ("#### 72 dollars", "72"),
-    ("#### x = 72", "72"),
-    ("#### 1,000", "1000"),
-    ("#### 1000", "1,000"),
-    ("#### 1,234,567.5", "1234567.5"),
-    ("#### 1/2", "0.5"),
-    ("#### 0.5", "1/2"),
-    ("#### .5", "0.5"),
-    (r"\boxed{\frac{1}{2}}", "0.5"),
-    (r"\boxed{\dfrac{3}{4}}", "0.75"),
-    (r"\boxed{-\frac{1}{2}}", "-0.5"),
-    ("#### -3", "-3"),
-    ("#### +3", "3"),
-    ("#### \u22123", "-3"),
-    ("so 5 - 8 = -3", "-3"),
-    ("so 8-5", "5"),
-    ("#### 50%", "50"),
-    (r"\boxed{50\%}", "50"),
-    ("#### 1e3", "1000"),
-    ("#### 2.5E-1", "0.25"),
-    ("#### 007", "7"),
-    ("#### 0.1", "0.10"),
-    ("#### 72.", "72"),
-    ("#### 123456789012345678901234567890", "123456789012345678901234567890"),
-    (r"\boxed{ 72 }", "72"),
-    # other texts
-    ("#### north", "north"),
-    ("#### North ", "north"),
-    ("####   the   red\thouse", "The red house"),
-    (r"\boxed{x^{2}+1}", "x^{2}+1"),
-    (r"\boxed{\text{a{b}c}}", r"\text{a{b}c}"),
-    ("#### (1, 2)", "(1, 2)"),
-    ("#### STRASSE", "straße"),
-]
-WRONG = [
-    ("", "72"),
-    ("no number at all", "72"),
-    ("####", "72"),
-    ("#### ", "72"),
-    (r"\boxed{}", "72"),
-    ("#### 73", "72"),
-    ("72\n#### 73", "72"),
-    (r"\boxed{73} #### 72", "72"),
-    ("#### 720", "72"),
-    ("#### 7.2", "72"),
-    ("#### -72", "72"),
-    ("#### 72.0000001", "72"),
-    ("#### 123456789012345678901234567891", "123456789012345678901234567890"),  # float: equal
-    ("#### 0.30000000000000004", "0.3"),
-    ("#### 1,00", "100"),  # not a thousands separator
-    ("#### 1/0", "0"),
-    ("#### 1/3", "0.333333"),
-    ("#### south", "north"),
-    ("north #### south", "north"),
-    ("72", "north"),
-    ("__import__('os').getpid()", "72"),
-    ("#### 8*9", "72"),
-    ("#### 10**2", "100"),
-    ("#### nan", "72"),
-    ("#### inf", "72"),
-    ("#### 1e999999999", "72"),
-    ("#### 72", "1e999999999"),
-    ("#### " + "7" * 101, "7" * 102),
-]
+# ---- the verifier ----
+
+RIGHT = {  # answer: completions
+    "72": [
+        r"\boxed{72}", r"first \boxed{5}, then \boxed{72}", r"\boxed{72} and 5 more",
+        r"#### 5 but \boxed{72}", r"\boxed{72} #### 5", "#### 72", "#### 5\n#### 72", "####72",
+        "####\n72", "5 + 67\n#### 72\nthat is all, 100%", "the answer is 72", "5 + 67 = 72",
+        "5 + 67 = 72.", "it is 72, I think", r"an open \boxed{5 but #### 72",
+        r"an open \boxed{5 but 72", "#### 72.0", "#### $72", r"#### \$72", "#### 72 dollars",
+        "#### x = 72", "#### 72.", r"\boxed{ 72 }",
+    ],
+    "72.00": ["#### 72"],
+    "1000": ["#### 1,000", "#### 1e3"],
+    "1,000": ["#### 1000"],
+    "1234567.5": ["#### 1,234,567.5"],
+    "0.5": ["#### 1/2", "#### .5", r"\boxed{\frac{1}{2}}"],
+    "1/2": ["#### 0.5"],
+    "0.75": [r"\boxed{\dfrac{3}{4}}"],
+    "-0.5": [r"\boxed{-\frac{1}{2}}"],
+    "-3": ["#### -3", "#### \u22123", "so 5 - 8 = -3"],
+    "3": ["#### +3"],
+    "5": ["so 8-5"],
+    "50": ["#### 50%", r"\boxed{50\%}"],
+    "0.25": ["#### 2.5E-1"],
+    "7": ["#### 007"],
+    "0.10": ["#### 0.1"],
+    "123456789012345678901234567890": ["#### 123456789012345678901234567890"],
+    "north": ["#### north", "#### North "],
+    "The red house": ["####   the   red\thouse"],
+    "x^{2}+1": [r"\boxed{x^{2}+1}"],
+    r"\text{a{b}c}": [r"\boxed{\text{a{b}c}}"],
+    "(1, 2)": ["#### (1, 2)"],
+    "straße": ["#### STRASSE"],
+}  # fmt: skip
+WRONG = {  # answer: completions
+    "72": [
+        "", "no number at all", "####", "#### ", r"\boxed{}", "#### 73", "72\n#### 73",
+        r"\boxed{73} #### 72", "#### 720", "#### 7.2", "#### -72", "#### 72.0000001",
+        "__import__('os').getpid()", "#### 8*9", "#### nan", "#### inf", "#### 1e999999999",
+    ],
+    "123456789012345678901234567890": ["#### 123456789012345678901234567891"],  # float: equal
+    "0.3": ["#### 0.30000000000000004"],
+    "100": ["#### 1,00", "#### 10**2"],
+    "0": ["#### 1/0"],
+    "0.333333": ["#### 1/3"],
+    "north": ["#### south", "north #### south", "72"],
+    "1e999999999": ["#### 72"],
+    "7" * 102: ["#### " + "7" * 101],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("completion, answer", RIGHT)
+def cases(table):
+    return [(completion, answer) for answer, row in table.items() for completion in row]
+
+
+@pytest.mark.parametrize("completion, answer", cases(RIGHT))
 def test_right(completion, answer):
     assert is_correct(completion, answer)
 
 
-@pytest.mark.parametrize("completion, answer", WRONG)
+@pytest.mark.parametrize("completion, answer", cases(WRONG))
 def test_wrong(completion, answer):
     assert not is_correct(completion, answer)
+
+
+def test_the_extracted_answer():
+    assert extract_answer(r"so \boxed{ \frac{1}{2} } m") == r"\frac{1}{2}"
+    assert extract_answer("9\n#### 8 apples\n7") == "8 apples"
+    assert extract_answer("from 5 to $1,234.5.") == "1,234.5"
+    assert extract_answer("none") is None
 
 
 @pytest.mark.parametrize(
@@ -135,162 +128,94 @@ def test_an_exponent_is_never_written_out():
     assert time.process_time() - start < 1
 
 
-def test_add_demonstrations_are_careful_and_then_right_half_of_the_time():
-    task = make_task("add")
+# ---- addition ----
 
-    def right(first):
+
+def slips(task, index):
+    """How far off each column of a demonstration is."""
+    work = task.demonstration(index).split(" =")[0].split(" ")
+    return [eval(left) - int(total) for left, total in (column.split("=") for column in work)]
+
+
+def test_demonstrations_are_careful_and_then_right_half_of_the_time():
+    task = make_task("add").unwrapped
+
+    def right(task, first):
         shown = range(first, first + 2000)
         return sum(is_correct(task.demonstration(i), task.problem(i)[1]) for i in shown) / 2000
 
-    assert right(0) == 1
-    assert 0.45 < right(common.CAREFUL) < 0.55
+    assert right(task, 0) == right(task, CAREFUL - 2000) == 1
+    assert 0.45 < right(task, CAREFUL) < 0.55
+    assert right(make_task("add-hard").unwrapped, 0) == 1
+    assert right(make_task("add-hard").unwrapped, CAREFUL) < 0.2
 
 
-def test_add_demonstrations_that_are_right_are_right_in_every_column():
-    task = make_task("add5")
-    seen = 0
-    for index in range(common.CAREFUL, common.CAREFUL + 300):
-        prompt, answer = task.problem(index)
-        a, b = map(int, prompt.rstrip("=").split("+"))
-        assert a < 10**5 and b < 10**5 and int(answer) == a + b
-        work, final = task.demonstration(index).split(" =")
-        columns = [column.split("=") for column in work.split(" ")]
-        all_right = all(eval(left) == int(total) for left, total in columns)
-        assert all_right == (int(final) == a + b)
-        seen += all_right
-    assert 100 < seen < 200
-
-
-def test_add_slips_are_in_digits_and_in_carries():
-    task, slips = make_task("add"), {"digit": 0, "carry": 0}
-    for index in range(common.CAREFUL, common.CAREFUL + 1000):
-        wrong = []
-        for column in task.demonstration(index).split(" =")[0].split(" "):
-            left, total = column.split("=")
-            if eval(left) != int(total):
-                wrong.append(eval(left) - int(total))
-        assert len(wrong) <= 1
+def test_a_slip_is_in_one_digit_or_carry_and_what_follows_is_consistent():
+    task, kinds = make_task("add").unwrapped, {"digit": 0, "carry": 0}
+    for index in range(CAREFUL, CAREFUL + 1000):
+        wrong = [off for off in slips(task, index) if off]
+        right = is_correct(task.demonstration(index), task.problem(index)[1])
+        assert len(wrong) == (not right)
         for off in wrong:
-            slips["carry" if abs(off) == 10 else "digit"] += 1
-    assert 200 < slips["digit"] < 300 and 200 < slips["carry"] < 300
+            kinds["carry" if abs(off) == 10 else "digit"] += 1
+    assert 200 < kinds["digit"] < 300 and 200 < kinds["carry"] < 300
+    hard = make_task("add-hard").unwrapped
+    offs = [off != 0 for i in range(CAREFUL, CAREFUL + 500) for off in slips(hard, i)]
+    assert 0.75 < sum(offs) / len(offs) < 0.85
 
 
-def test_train_and_test_are_disjoint_and_seeded():
-    train = {make_task("add", "train").problem(i)[0] for i in range(3000)}
-    test = {make_task("add", "test").problem(i)[0] for i in range(3000)}
-    assert not train & test and len(train) > 2000
-    first = make_task("add").reset(seed=1, options={"index": 7})[0]
-    assert first == make_task("add").reset(seed=2, options={"index": 7})[0]
+@pytest.mark.parametrize("digits", range(1, 7))
+def test_sums_have_up_to_so_many_digits(digits):
+    task, lengths = make_task(f"add{digits}").unwrapped, set()
+    for index in range(200):
+        prompt, answer = task.problem(index)
+        a, b = prompt.rstrip("=").split("+")
+        lengths |= {len(a), len(b)}
+        assert int(a) + int(b) == int(answer)
+    assert lengths == set(range(1, digits + 1))
+    assert digits != 3 or make_task("add").unwrapped.problem(5) == task.problem(5)
 
 
-def test_without_an_index_the_seed_decides():
+# ---- Gymnasium ----
+
+
+def test_train_and_test_share_no_problem():
+    for name, facts in (("add", lambda p: p[0]), ("posts", lambda p: p[1].split(" ; ")[0])):
+        splits = [make_task(name, split).unwrapped for split in ("train", "test")]
+        train, test = ({facts(task.problem(i)) for i in range(1000)} for task in splits)
+        assert not train & test and len(train) > 700 and len(test) > 300
+
+
+def test_the_seed_names_the_problem():
     task = make_task("add")
-    prompts = [task.reset(seed=seed)[0] for seed in (1, 1, 2)]
-    assert prompts[0] == prompts[1] != prompts[2]
-    assert task.reset()[0] != task.reset()[0]
+    assert task.reset(seed=7) == task.reset(seed=7) == (task.unwrapped.problem(7)[0], {})
+    assert len({task.reset(seed=i)[0] for i in range(50)}) > 45
+    assert len({task.reset()[0] for _ in range(50)}) > 45  # without a seed, a random one
 
 
 def test_an_episode_has_one_step():
     task = make_task("add")
-    prompt, info = task.reset(options={"index": 3})
-    assert info == {"index": 3}
-    answer = task.problem(3)[1]
-    assert task.step(f"#### {answer}") == (prompt, 1.0, True, False, {"answer": answer})
     with pytest.raises(gymnasium.error.ResetNeeded):
-        task.step("once more")
+        task.step("too early")
+    prompt, _ = task.reset(seed=3)
+    answer = task.unwrapped.problem(3)[1]
+    assert task.step(f"#### {answer}") == (prompt, 1.0, True, False, {"answer": answer})
+    task.reset(seed=3)
+    assert task.step("#### x")[1] == 0
 
 
-@pytest.fixture
-def gsm8k_dir(tmp_path):
-    for split, n in (("train", 20), ("test", 5)):
-        with (tmp_path / f"{split}.jsonl").open("w") as file:
-            for i in range(n):
-                answer = f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"
-                record = {"question": f"{split}: {i} and 1?", "answer": answer}
-                file.write(json.dumps(record) + "\n")
-    return tmp_path
+@pytest.mark.parametrize("name", ["add", "add6", "add-hard", "posts", "gsm8k"])
+def test_gymnasium_contract(name, gsm8k_files):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*alternative render modes.*")
+        check_env(make_task(name, "test").unwrapped)
 
 
-def test_gsm8k(gsm8k_dir):
-    task = make_task("gsm8k", "train", str(gsm8k_dir))
-    pass_1 = {task.problem(i) for i in range(20)}
-    assert len(pass_1) == 20 == task.size
-    assert [task.problem(i) for i in range(20)] != [task.problem(i) for i in range(20, 40)]
-    assert {task.problem(i) for i in range(20, 40)} == pass_1  # another order, the same problems
-    prompt, answer = task.problem(5)
-    assert "boxed" in prompt and prompt.startswith(f"train: {int(answer) - 1} and 1?")
-    assert task.demonstration(5) == f"{int(answer) - 1}+1={answer}\n#### {answer}"
-    test = make_task("gsm8k", "test", str(gsm8k_dir))
-    assert [test.problem(i)[1] for i in range(7)] == ["1", "2", "3", "4", "5", "1", "2"]
-
-
-def test_one_file_is_split(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"p{i}", "answer": i}) + "\n" for i in range(30)))
-    train, test = (make_task(str(path), split) for split in ("train", "test"))
-    assert {test.problem(i)[0] for i in range(9)} == {"p0", "p10", "p20"}
-    assert {train.problem(i)[0] for i in range(27)} == {f"p{i}" for i in range(30) if i % 10}
-    assert test.problem(1) == ("p10", "10")
-
-
-def test_line_separators_inside_a_record(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    path.write_text('{"prompt": "a\u2028b", "answer": "c"}\n\n{"prompt": "d", "answer": 1}\n')
-    assert common.read_records(path) == [("a\u2028b", "c"), ("d", "1")]
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("{", "line 2: not a JSON object"),
-        ("[1]", "line 2: not a JSON object"),
-        ('{"answer": 1}', "line 2: needs a text under 'prompt'"),
-        ('{"prompt": " ", "answer": 1}', "line 2: needs a text under 'prompt'"),
-        ('{"prompt": 5, "answer": 1}', "line 2: needs a text under 'prompt'"),
-        ('{"prompt": "a"}', "line 2: needs a text or a number under 'answer'"),
-        ('{"prompt": "a", "answer": ""}', "line 2: needs a text or a number under 'answer'"),
-        ('{"prompt": "a", "answer": null}', "line 2: needs a text or a number under 'answer'"),
-        ('{"prompt": "a", "answer": true}', "line 2: needs a text or a number under 'answer'"),
-        ("[" * 100_000, "line 2: not a JSON object"),
-    ],
-)
-def test_bad_records_are_named(tmp_path, line, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
-    with pytest.raises(UserError, match="bad.jsonl, " + message):
-        make_task(str(path))
-
-
-def test_other_bad_files(tmp_path):
-    with pytest.raises(UserError, match=r"none\.jsonl"):
-        make_task(str(tmp_path / "none.jsonl"))
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(UserError, match="no records"):
-        make_task(str(tmp_path / "empty.jsonl"))
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9", "answer": 1}')
-    with pytest.raises(UserError, match="UTF-8"):
-        make_task(str(tmp_path / "latin.jsonl"))
-    with pytest.raises(UserError, match=r"no train\.jsonl"):
-        make_task("gsm8k", "train", str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["ad", "add0", "addition", "no_such_module:X-v0", "NoSuch-v0", ""])
+@pytest.mark.parametrize("name", ["ad", "add0", "add7", "no_such_module:X-v0", "NoSuch-v0", ""])
 def test_unknown_tasks(name):
     with pytest.raises(UserError, match="--task"):
         make_task(name)
-
-
-def test_data_goes_with_gsm8k_only(tmp_path):
-    with pytest.raises(UserError, match="--data"):
-        make_task("add", data=str(tmp_path))
-
-
-def test_gymnasium_contract(gsm8k_dir):
-    for task in (make_task("add"), make_task("gsm8k", "test", str(gsm8k_dir))):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", message=".*alternative render modes.*")
-            check_env(task)
 
 
 OWN_TASK = """
@@ -298,7 +223,6 @@ import gymnasium
 
 class Count(gymnasium.Env):
     observation_space = action_space = gymnasium.spaces.Text(100)
-    metadata = {"render_modes": []}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -314,63 +238,392 @@ gymnasium.register("Count-v0", entry_point=Count)
 
 
 def test_a_plain_environment_of_ones_own(tmp_path, monkeypatch):
-    """It knows nothing of indices and splits: the seed alone makes problem i the same."""
+    """It knows no splits and no problems: the seed alone makes problem i the same."""
     (tmp_path / "count_tasks.py").write_text(OWN_TASK)
     monkeypatch.chdir(tmp_path)
-    task = make_task("count_tasks:Count-v0")
-    prompts = common.get_prompts(task, [3, 4, 3])
+    task = make_task("count_tasks:Count-v0", "test")
+    prompts = get_prompts(task, [3, 4, 3])
     assert prompts[0] == prompts[2]
     n = [int(prompt.split()[1]) for prompt in prompts]
     completions = ["a" * n[0], "a" * (n[0] + 2), "a" * (n[1] + 1), "a" * n[1]]
-    rewards, solved = common.get_rewards(task, [3, 4], completions)
+    rewards, solved = get_rewards(task, [3, 4], completions)
     assert rewards.tolist() == [[0, -2], [-1, 0]]
     assert solved.tolist() == [[True, False], [False, True]]
-    with pytest.raises(UserError, match="demonstration"):
-        common.tiny_model(task)
+    assert held_out(task, 3) == [[0, 1, 2]]  # without a size, as many as are asked for
+    with pytest.raises(UserError, match="Count has none: give it a method demonstration"):
+        tiny.tiny_model(task)
+
+
+# ---- rewards ----
 
 
 def test_rewards_stay_with_their_prompts():
     task = make_task("add")
     problems = [5, 6, 7]
-    answers = [task.problem(i)[1] for i in problems]
+    answers = [task.unwrapped.problem(i)[1] for i in problems]
     completions = [f"#### {a}" for a in answers for _ in range(2)]
     completions[1] = completions[4] = "#### x"
-    rewards, _ = common.get_rewards(task, problems, completions)
-    assert rewards.tolist() == [[1, 0], [1, 1], [0, 1]]
+    rewards, solved = get_rewards(task, problems, completions)
+    assert rewards.tolist() == [[1, 0], [1, 1], [0, 1]] and rewards.dtype == torch.float32
+    assert torch.equal(solved, rewards > 0)
 
 
-def test_a_reward_that_is_no_number_is_refused():
-    class Broken(common.TextTask):
-        def problem(self, index):
-            return "p", "a"
+class Odd(TextTask):
+    """One prompt; the reward is given, or raised."""
 
-        def reward(self, completion, answer):
-            return float("nan")
+    def __init__(self, reward, prompts=("p",), terminated=True):
+        super().__init__()
+        self.given, self.prompts, self.terminated = reward, list(prompts), terminated
 
-    with pytest.raises(UserError, match="reward nan for problem 5"):
-        common.get_rewards(Broken(), [5], ["x"])
+    def problem(self, index):
+        prompt = self.prompts.pop(0) if len(self.prompts) > 1 else self.prompts[0]
+        if isinstance(prompt, Exception):
+            raise prompt
+        return prompt, "a"
+
+    def step(self, completion):
+        if isinstance(self.given, Exception):
+            raise self.given
+        return self.prompt, self.given, self.terminated, False, {}
 
 
-def test_a_prompt_that_is_no_text_is_refused():
-    with pytest.raises(UserError, match="problem 0 of the task"):
-        common.get_prompts(gymnasium.make("CartPole-v1"), [0])
+@pytest.mark.parametrize(
+    "reward",
+    [
+        None, "1", "", [], [1.0], {}, 1j, object(), math.nan, math.inf, -math.inf, 1e39, 10**400,
+        np.array([1.0, 2.0]), np.array(["a"]), np.float64("nan"), torch.tensor([1.0, 2.0]),
+        torch.tensor(math.nan),
+    ],
+    ids=lambda reward: repr(reward)[:20],
+)  # fmt: skip
+def test_a_reward_that_is_no_finite_number_is_refused(reward):
+    with pytest.raises(UserError, match=r"problem 5 the reward .*no finite number.* is 'xyz'"):
+        get_rewards(Odd(reward), [5], ["xyz"])
 
 
-def test_pass_at_k():
-    assert common.pass_at_k(4, 0, 2) == 0
-    assert common.pass_at_k(4, 4, 1) == 1
-    assert common.pass_at_k(5, 2, 1) == pytest.approx(2 / 5, abs=1e-12)
-    assert common.pass_at_k(5, 2, 3) == pytest.approx(1 - 1 / 10, abs=1e-12)  # 1 - C(3,3)/C(5,3)
-    assert common.pass_at_k(4, 3, 2) == 1
-    for bad in ((4, 5, 1), (4, 1, 5), (4, -1, 1), (4, 1, 0)):
-        with pytest.raises(ValueError):
-            common.pass_at_k(*bad)
+@pytest.mark.parametrize(
+    "reward", [1, 0.25, -0.25, True, np.float32(0.5), np.int64(3), torch.tensor(0.5)], ids=repr
+)
+def test_a_reward_may_be_any_finite_number(reward):
+    rewards, solved = get_rewards(Odd(reward), [5], ["x", "y"])
+    assert rewards.tolist() == [[float(reward)] * 2] and solved.tolist() == [[reward > 0] * 2]
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        (Odd(1.0, ["p", "q"]), "problem 5 another prompt at every reset"),
+        (Odd(1.0, terminated=False), "problem 5 of the task does not terminate after one step"),
+        (Odd(1.0, [""]), "problem 5 of the task has the prompt ''"),
+        (Odd(1.0, [7]), "problem 5 of the task has the prompt 7"),
+        (gymnasium.make("CartPole-v1"), "problem 5 of the task has the prompt array"),
+        (Odd(UserError("no key")), "^no key$"),
+    ],
+)
+def test_a_task_that_breaks_its_contract_is_refused(task, message, capsys):
+    with pytest.raises(UserError, match=message):
+        get_rewards(task, [5], ["x", "y"])
+    assert not capsys.readouterr().err
+
+
+def test_where_a_task_of_ones_own_fails_is_said_and_its_exception_is_seen(capsys):
+    for task, where in (
+        (Odd(ZeroDivisionError("mine")), "problem 5, completion 'xyz':"),
+        (Odd(1.0, [ZeroDivisionError("mine")]), "problem 5:"),
+    ):
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            get_rewards(task, [5], ["xyz"])
+        assert capsys.readouterr().err == f"the task failed at {where}\n"
+
+
+# ---- files ----
+
+
+def write(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def gsm8k_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for split, n in (("train", 20), ("test", 5)):
+        records = [
+            {"question": f"{split}: {i} and 1?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n"
+             f"#### {i + 1}"} for i in range(n)
+        ]  # fmt: skip
+        write(cache_dir() / "gsm8k" / f"{split}.jsonl", records)
+
+
+def test_gsm8k(gsm8k_files):
+    wrapped = make_task("gsm8k")
+    task, test = wrapped.unwrapped, make_task("gsm8k", "test").unwrapped
+    epochs = [[task.problem(i) for i in range(n, n + 20)] for n in (0, 20)]
+    assert epochs[0] != epochs[1]  # another order, the same problems
+    assert set(epochs[0]) == set(epochs[1]) and len(set(epochs[0])) == 20 == task.size
+    prompt, answer = task.problem(5)
+    assert "boxed" in prompt and prompt.startswith(f"train: {int(answer) - 1} and 1?")
+    assert task.demonstration(5) == f"{int(answer) - 1}+1={answer}\n#### {answer}"
+    assert [test.problem(i)[1] for i in range(5)] == ["1", "2", "3", "4", "5"]
+    assert get_rewards(wrapped, [5], [rf"\boxed{{{answer}}}", "no"])[0].tolist() == [[1, 0]]
+    assert held_out(make_task("gsm8k", "test"), 200) == [[0, 1, 2, 3, 4]]
+    batches = held_out(make_task("add", "test"), 130)
+    assert batches == [list(range(64)), list(range(64, 128)), [128, 129]]
+
+
+def test_gsm8k_is_downloaded_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fetched = []
+
+    def download(url, path):
+        fetched.append(url.rpartition("/")[2])
+        if len(fetched) == 1:
+            raise OSError("no route")
+        write(Path(path), [{"question": "1+1?", "answer": "#### 2"}])
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(UserError, match=r"\(no route\): put its train.jsonl and test.jsonl into "):
+        make_task("gsm8k", "test")
+    for _ in range(2):
+        assert make_task("gsm8k", "test").unwrapped.problem(0)[1] == "2"
+    assert fetched == ["test.jsonl", "test.jsonl"]
+
+
+def test_one_file_is_split(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [{"prompt": f"p{i}", "answer": i} for i in range(30)])
+    train, test = (make_task(path, split) for split in ("train", "test"))
+    assert [test.problem(i)[0] for i in range(3)] == ["p0", "p10", "p20"]
+    assert {train.problem(i)[0] for i in range(27)} == {f"p{i}" for i in range(30) if i % 10}
+    assert test.problem(1) == ("p10", "10") and (train.size, test.size) == (27, 3)
+    only = write(tmp_path / "only.jsonl", [{"prompt": "p", "answer": "a"}])
+    assert make_task(only).problem(0) == make_task(only, "test").problem(0) == ("p", "a")
+
+
+def test_line_separators_and_a_byte_order_mark_are_text(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    text = '{"prompt": "a\u2028b", "answer": "c"}\r\n\n{"question": "d", "answer": 1}'
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert read_records(path) == [("a\u2028b", "c"), ("d", "1")]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "not a JSON object"),
+        ("[1]", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+        (r'{"prompt": "\ud800", "answer": 1}', "not a JSON object .*surrogates"),
+        ('{"prompt": "a", "answer": ' + "7" * 5000 + "}", "not a JSON object .*digits"),
+        ('{"answer": 1}', "needs a text under 'prompt'"),
+        ('{"prompt": " ", "answer": 1}', "needs a text under 'prompt'"),
+        ('{"prompt": 5, "answer": 1}', "needs a text under 'prompt'"),
+        ('{"prompt": "a"}', "needs a text or a number under 'answer'"),
+        ('{"prompt": "a", "answer": ""}', "needs a text or a number under 'answer'"),
+        ('{"prompt": "a", "answer": null}', "needs a text or a number under 'answer'"),
+        ('{"prompt": "a", "answer": true}', "needs a text or a number under 'answer'"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_bad_records_are_named(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(UserError, match="bad.jsonl, line 2: " + message):
+        make_task(str(path))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "No such file"), (b"\n \n", "no records"), (b"", "no records"),
+        (b'{"prompt": "\xe9", "answer": 1}', "not UTF-8"),
+    ],
+)  # fmt: skip
+def test_other_bad_files(tmp_path, content, message):
+    path = tmp_path / "some.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"some\.jsonl: .*{message}"):
+        make_task(str(path))
+
+
+# ---- posts ----
+
+
+def test_utility_by_hand():
+    answer = "my boss lost my bike ; in the park ; because of a bet ; should i pay them"
+    utility = Posts().reward
+    assert utility(answer, answer) == pytest.approx(4.2 - 0.1 * 16)
+    assert utility("my boss lost my bike", answer) == pytest.approx(2 - 0.5)
+    assert utility("in the park ; in the park", answer) == pytest.approx(0.6 - 0.6)
+    assert utility("because of a bet", answer) == pytest.approx(0.6 - 0.4)
+    assert utility("should i pay them", answer) == pytest.approx(1 - 0.4)
+    assert utility("in the zoo", answer) == pytest.approx(-1 - 0.3)
+    assert utility("my boss lost my bike ; thanks for reading", answer) == pytest.approx(0.2)
+    assert utility("", answer) == -1
+
+
+def test_the_facts_stand_in_the_post():
+    task = Posts("test")
+    for i in range(100):
+        post, answer = task.problem(i)
+        event, place, cause, ask = answer.split(" ; ")
+        for fact in (f"{event} .", f"it happened {place} .", f"it was {cause} .", f"{ask} ?"):
+            assert fact in post
+        assert post.endswith("summary :") and len(set(answer.split(" ; "))) == 4
+
+
+def test_writers_are_of_mixed_quality():
+    task = Posts()
+    utilities = torch.tensor(
+        [task.reward(task.write(i, w), task.problem(i)[1]) for i in range(500) for w in (1, 2)]
+    )
+    assert -0.5 < utilities.mean() < 1 and utilities.std() > 1.5 and utilities.max() > 2.5
+    assert task.write(3, 1) == task.write(3, 1) != task.write(3, 2)
+    assert task.demonstration(3) == task.write(3, 0)
+
+
+def test_preferences_follow_bradley_terry():
+    """The preferred summary is the better one as often as the utilities say."""
+    task, expected, seen, first = Posts(), [], [], 0
+    for i in range(1500):
+        prompt, pair = task.preference(i)
+        problem, answer = task.problem(i + PREFERENCES)  # on posts of their own
+        assert prompt == problem
+        written = [task.write(i + PREFERENCES, writer) for writer in (1, 2)]
+        assert sorted(pair) == sorted(written)
+        margin = task.reward(pair[0], answer) - task.reward(pair[1], answer)
+        expected.append(1 / (1 + math.exp(-abs(margin))))
+        seen.append(float(margin > 0) + 0.5 * (margin == 0))
+        first += pair == written
+    assert sum(seen) / 1500 == pytest.approx(sum(expected) / 1500, abs=0.03)
+    assert 650 < first < 850  # neither writer is the better one
+
+
+def test_every_word_of_the_world_is_one_token():
+    task = Posts()
+    tokenizer = tiny.tiny_tokenizer(task.words)
+    for i in range(200):
+        text = task.problem(i)[0] + " " + " ; ".join(task.preference(i)[1])
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text.split()) and tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+    assert 150 < len(tokenizer) < 400
+
+
+# ---- tiny models ----
 
 
 def test_tiny_tokenizer_writes_every_text():
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = tiny.tiny_tokenizer()
     for text in ("47+85=", "a  b\n\tc", "naïve – ½ 漢字 🙂", " leading", "don't"):
         ids = tokenizer(text).input_ids
-        assert tokenizer.decode(ids) == text
-        assert len(ids) == len(text.encode())
-    assert torch.tensor(ids).max() < 256
+        assert tokenizer.decode(ids) == text and len(ids) == len(text.encode()) and max(ids) < 256
+
+
+def test_the_warm_start_learns_the_completions_and_their_eos(small, monkeypatch):
+    """Against the full log-softmax of one unpadded row at a time; no row is seen twice."""
+    model, tokenizer = small
+    task, steps = make_task("add").unwrapped, []
+    monkeypatch.setitem(tiny.WARM_START, "tokens_per_step", 100)
+    monkeypatch.setattr(tiny, "fit", lambda *arguments: steps.append(arguments))
+    tiny.warm_start(model, tokenizer, task)
+    _, batch_loss, *settings = steps[0]
+    assert settings[:2] == [tiny.WARM_START["steps"], tiny.WARM_START["lr"]]
+    index = 0
+    for step in range(3):
+        losses, tokens = [], 0
+        while tokens < 100:
+            prompt = tokenizer(task.problem(index)[0]).input_ids
+            completion = [*tokenizer(task.demonstration(index)).input_ids, 256]
+            row = torch.tensor(prompt + completion)
+            logprobs = model(row[None]).logits[0].log_softmax(-1)
+            losses += [-logprobs[t - 1, row[t]] for t in range(len(prompt), len(row))]
+            tokens, index = tokens + len(row), index + 1
+        torch.testing.assert_close(batch_loss(step), torch.stack(losses).mean())
+    assert index > 6
+
+
+def test_fit_is_adamw_with_clipped_gradients_warm_up_and_a_cosine():
+    targets = torch.randn(14, 2)  # of all signs; some gradients are clipped, some are not
+    ours, theirs = (torch.nn.Linear(1, 2, bias=False) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+
+    def loss(model, step):
+        return ((model.weight[:, 0] - targets[step]) ** 2).sum() / 3
+
+    tiny.fit(ours, lambda step: loss(ours, step), steps=14, lr=0.1, name="fit")
+    optimizer = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(14):
+        cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 2) / 12)
+        optimizer.param_groups[0]["lr"] = 0.1 * (step / 2 if step < 2 else cosine)
+        (theirs.weight.grad,) = torch.autograd.grad(loss(theirs, step), theirs.weight)
+        theirs.weight.grad /= theirs.weight.grad.norm().clamp(min=1)
+        optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """An empty cache, and warm starts of two steps."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(tiny.WARM_START, "steps", 2)
+
+
+def test_tiny_is_made_once_and_a_broken_cache_is_made_again(quick):
+    task = make_task("add")
+    first = Path(tiny.tiny_model(task))
+    weights = (first / "model.safetensors").read_bytes()
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert tiny.tiny_model(task) == str(first) and first.parent == cache_dir()
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    flipped = weights[:-1] + bytes([weights[-1] ^ 1])
+    for damage in (weights[:-1], flipped, b"", None):
+        (first / "model.safetensors").unlink()
+        if damage is not None:
+            (first / "model.safetensors").write_bytes(damage)
+        tiny.tiny_model(task)
+        assert (first / "model.safetensors").read_bytes() == weights  # the same seed every time
+    (first / "tokenizer.json").write_text("{}")
+    (first / "checksum").unlink()
+    tiny.tiny_model(task)
+    assert len((first / "tokenizer.json").read_text()) > 1000
+    assert [p.name for p in first.parent.iterdir()] == [first.name]  # nothing half-made is left
+
+
+def test_tiny_is_another_for_another_task_demonstration_or_recipe(quick, monkeypatch):
+    paths = [tiny.tiny_model(make_task(name)) for name in ("add", "add2", "add-hard", "posts")]
+    model, _ = common.load_model("tiny", "cpu")  # without a task: that of "add"
+    assert model.name_or_path == paths[0] == tiny.tiny_model(make_task("add"))
+    assert common.load_model("tiny", "cpu", make_task("posts"))[0].name_or_path == paths[3]
+    with monkeypatch.context() as patch:
+        patch.setitem(tiny.WARM_START, "lr", 1e-3)
+        paths.append(tiny.tiny_model(make_task("add")))
+    with monkeypatch.context() as patch:
+        patch.setitem(tiny.TINY, "hidden_size", 64)
+        paths.append(tiny.tiny_model(make_task("add")))
+    assert len(set(paths)) == 6
+
+
+def test_tiny_leaves_the_random_numbers_alone(quick):
+    torch.manual_seed(5)
+    random.seed(5)
+    expected = torch.rand(3), random.random()
+    torch.manual_seed(5)
+    random.seed(5)
+    tiny.tiny_model(make_task("add"))
+    assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
+
+
+def test_a_model_that_another_run_made_meanwhile_is_kept(quick):
+    def make(directory):
+        directory.mkdir(parents=True)
+        (directory / "weights").write_text("ours")
+        faster = directory.with_name(directory.name.partition(".")[0])
+        faster.mkdir()
+        (faster / "weights").write_text("theirs")
+        (faster / "checksum").write_text(hashlib.sha256(b"theirs").hexdigest())
+
+    path = Path(tiny.cached_model(["recipe"], make))
+    assert (path / "weights").read_text() == "theirs"
+    assert list(path.parent.iterdir()) == [path]

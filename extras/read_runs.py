@@ -1,0 +1,41 @@
+"""Reading the directories of runs: what compare.py, sweep.py and plot.py share."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import UserError
+
+
+def read_metrics(run: Path) -> dict[str, np.ndarray]:
+    """metrics.csv as {column: a value per row}, NaN where a row has none. Raises UserError."""
+    path = Path(run) / "metrics.csv"
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        columns = {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
+        columns["step"] = list(map(int, columns["step"]))
+    except OSError as error:
+        raise UserError(f"{run}: no metrics.csv to read there ({error.strerror})") from error
+    except IndexError as error:
+        raise UserError(f"{path}: no step in it") from error
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{path}: not the metrics of a run") from error
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+def finished(run: Path, steps: int) -> bool:
+    """Has this run reached step `steps`?"""
+    try:
+        return read_metrics(run)["step"][-1] >= steps
+    except UserError:
+        return False
+
+
+def where(run: Path) -> list[str]:
+    """The flag that starts a run in this directory or, if it has been interrupted, continues it."""
+    return ["--resume" if (Path(run) / "config.json").exists() else "--out", str(run)]

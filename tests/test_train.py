@@ -1,0 +1,326 @@
+"""A stage on which the scripts train: a policy simple enough to compute by hand, everything
+recorded. The tests of each script check what is recorded; here are those of the shared parts."""
+
+import json
+import math
+import statistics
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import common
+import gpg
+from common import Rollout
+from tasks import TextTask
+from tasks.tiny import tiny_tokenizer
+
+V = 258
+
+
+class Bigrams(torch.nn.Module):
+    """A policy that sees only the token before the next one."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(max_position_embeddings=512)
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.theta = torch.nn.Parameter(torch.randn(V, V, generator=generator))
+
+    def get_input_embeddings(self):
+        return SimpleNamespace(weight=self.theta)
+
+    def save_pretrained(self, path):
+        path.mkdir()
+
+
+def bigram_logprobs(theta, rollout, temperature=1.0):
+    before = torch.cat([rollout.prompt_ids[:, -1:], rollout.completion_ids[:, :-1]], 1)
+    logprobs = (theta[before] / temperature).log_softmax(-1)  # [N, T, V]
+    logprobs = logprobs.gather(2, rollout.completion_ids[..., None]).squeeze(2)
+    return logprobs.masked_fill(~rollout.completion_mask, 0.0)
+
+
+class Row(NamedTuple):
+    """A completion, as the tests compute with it."""
+
+    text: str
+    before: int  # the last token of the prompt
+    tokens: list[int]
+    old: torch.Tensor  # log-probs of the sampler
+    reward: float
+
+    def logprobs(self, theta, temperature=1.0):
+        before = [self.before, *self.tokens[:-1]]
+        return (theta[before] / temperature).log_softmax(-1)[range(len(before)), self.tokens]
+
+
+class Numbered(TextTask):
+    """The sampler below writes the reward into the completion; the problem adds its own."""
+
+    def problem(self, index):
+        return f"{self.split} {index}", str(index)
+
+    def reward(self, completion, answer):
+        return float(completion.split()[0]) + int(answer) % 5
+
+
+class Stage:
+    """Stands in for models, sampler, scorer and evaluation, and records every call."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        self.patch, self.out = monkeypatch, tmp_path / "run"
+        self.tokenizer = tiny_tokenizer()
+        self.plan = []  # of each call of the sampler: which groups are valid; empty: all
+        self.loads, self.models, self.tasks, self.samples = [], [], [], []
+        self.scored, self.pending, self.updates, self.evaluations = [], [], [], []
+        clip, stage = torch.nn.utils.clip_grad_norm_, self
+
+        class AdamW(torch.optim.AdamW):
+            def step(self):
+                (group,) = self.param_groups
+                assert stage.updates[-1].keys().isdisjoint({"lr", "clipped"})  # one step per clip
+                stage.updates[-1] |= {"lr": group["lr"], "clipped": group["params"][0].grad.clone()}
+                stage.optimizer = self
+                super().step()
+
+        def clip_and_record(parameters, max_norm, error_if_nonfinite=False):
+            (theta,) = parameters
+            self.updates.append({"theta": theta.detach().double(), "grad": theta.grad.clone()})
+            self.updates[-1] |= {"max_norm": max_norm, "rows": self.pending}
+            self.pending = []
+            assert error_if_nonfinite
+            return clip([theta], max_norm)
+
+        monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_record)
+        for name in ("make_task", "load_model", "sample", "completion_logprobs", "evaluate"):
+            monkeypatch.setattr(common, name, getattr(self, name))
+        monkeypatch.setattr(common, "draw_curves", lambda directory: None)  # slow
+
+    def make_task(self, name, split="train"):
+        self.tasks.append((name, split))
+        return Numbered(split)
+
+    def load_model(self, *args):
+        self.loads.append(args)
+        self.models.append(Bigrams(len(self.models)))
+        return self.models[-1], self.tokenizer
+
+    def evaluate(self, model, tokenizer, task, args):
+        self.evaluations.append((model, tokenizer, task.split, args))
+        return {"accuracy": 0.25, "accuracy_stderr": 0.125, "greedy": len(self.evaluations) / 8}
+
+    def sample(self, model, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0):
+        """Random tokens, lengths and rewards. The log-probs are those of a somewhat older policy:
+        a ratio starts away from 1."""
+        N, T = len(prompts) * group_size, max_new_tokens
+        valid = self.plan.pop(0) if self.plan else [True] * len(prompts)
+        rewards = torch.randn(len(prompts), group_size)
+        rewards[~torch.tensor(valid).bool()] = 0.1
+        call = {"prompts": prompts, "group_size": group_size, "T": T, "temperature": temperature}
+        call |= {"seed": torch.initial_seed(), "model": model, "first": len(self.samples)}
+        texts = [f"{r:.2f} {call['first']}.{i}" for i, r in enumerate(rewards.flatten().tolist())]
+        prompt = (x.repeat_interleave(group_size, 0) for x in
+                  common.encode_prompts(model, tokenizer, prompts, room=T))  # fmt: skip
+        ids, lengths = torch.randint(200, (N, T)), torch.randint(1, T + 1, (N, 1))
+        mask = torch.arange(T) < lengths
+        rollout = Rollout(*prompt, ids, mask, torch.zeros(N, T), torch.rand(N) < 0.4, texts)
+        logprobs = bigram_logprobs(model.theta.detach(), rollout, temperature)
+        rollout.logprobs = (logprobs + 0.4 * torch.randn(N, T)) * mask
+        call["groups"] = groups = [[] for _ in prompts]
+        for i, text in enumerate(texts):
+            n, reward = int(lengths[i]), float(text.split()[0])
+            reward += int(prompts[i // group_size].split()[-1]) % 5
+            row = text, int(rollout.prompt_ids[i, -1]), ids[i, :n].tolist(), rollout.logprobs[i, :n]
+            groups[i // group_size].append(Row(*row, reward))
+        call["truncated"] = rollout.truncated.tolist()
+        self.samples.append(call)
+        return rollout
+
+    def completion_logprobs(self, model, rollout, temperature=1.0):
+        training = torch.is_grad_enabled()
+        self.scored.append((model, training, temperature, rollout.texts))
+        if training:
+            assert model is self.models[0]
+            assert self.pending or model.theta.grad is None  # no gradient of an earlier update
+            self.pending = self.pending + rollout.texts
+        return bigram_logprobs(model.theta, rollout, temperature)
+
+    def train(self, script, *flags):
+        """-> run, rows of metrics.csv without step 0's, records of samples.jsonl."""
+        self.models.clear()
+        self.loads.clear()
+        flags = ["--model", "m", "--out", self.out, "--eval-every", 2, *flags]
+        self.args = script.parse_args([str(flag) for flag in flags])
+        run = script.train(self.args)
+        samples = [json.loads(x) for x in (run.dir / "samples.jsonl").read_text().splitlines()]
+        return run, metrics(run), samples
+
+    def check_calls(self, B, rounds):
+        """Tasks, prompts and settings of a run that samples in `rounds` of each step."""
+        args = self.args
+        assert self.tasks == [(args.task, "train"), (args.task, "test")]
+        assert all(call["model"] is self.models[0] for call in self.samples)
+        prompts = [prompt for call in self.samples for prompt in call["prompts"]]
+        start = 10**6 * (args.seed + 1)
+        assert prompts == [f"train {start + i}" for i in range(B * sum(rounds))]
+        for call in self.samples:
+            assert (call["T"], call["seed"]) == (args.max_new_tokens, args.seed)
+
+    def check_updates(self, losses, rates):
+        """losses(i, theta): the loss of update i, to differentiate; rates: the learning rates.
+        -> the value of each loss, and the norm of each gradient."""
+        values, norms = [], []
+        for i, (update, rate) in enumerate(zip(self.updates, rates, strict=True)):
+            theta = update["theta"].requires_grad_()
+            loss = losses(i, theta)
+            (expected,) = torch.autograd.grad(loss, theta)
+            norm = expected.norm().item()
+            torch.testing.assert_close(
+                update["grad"].double(), expected, atol=1e-5 * norm, rtol=1e-4
+            )
+            assert update["max_norm"] == self.args.clip_grad
+            clipped = pytest.approx(min(norm, self.args.clip_grad), rel=1e-3)
+            assert update["clipped"].norm().item() == clipped
+            assert update["lr"] == pytest.approx(rate, rel=1e-6, abs=1e-12)
+            values.append(loss.item())
+            norms.append(norm)
+        assert statistics.median(norms) > 2 * self.args.clip_grad
+        settings = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True, "amsgrad": False}
+        settings |= {"weight_decay": self.args.weight_decay, "maximize": False}
+        assert settings.items() <= self.optimizer.defaults.items()
+        return values, norms
+
+    def check_log(self, run, rows, samples, rounds):
+        """The columns and samples that every sampling script writes, recomputed from the calls."""
+        calls, total = iter(self.samples), 0
+        for step, (row, n) in enumerate(zip(rows[1:], rounds, strict=True), 1):
+            batches = [next(calls) for _ in range(n)]
+            groups = [group for call in batches for group in call["groups"]]
+            rewards = [[row.reward for row in group] for group in groups]
+            tokens = sum(len(row.tokens) for group in groups for row in group)
+            cut = [x for call in batches for x in call["truncated"]]
+            total += tokens
+            expected = {
+                "step": step,
+                "reward_mean": statistics.mean(r for group in rewards for r in group),
+                "reward_std": statistics.mean(statistics.stdev(group) for group in rewards),
+                "entropy": -sum(row.old.sum().item() for g in groups for row in g) / tokens,
+                "completion_length": tokens / len(cut),
+                "truncated_share": sum(cut) / len(cut),
+            }
+            for name, value in expected.items():
+                assert row[name] == pytest.approx(value, rel=1e-4), name
+            assert row["tokens_per_second"] * row["seconds"] == pytest.approx(tokens, rel=1e-3)
+            shown = [s for s in samples if s["step"] == step and "reward" in s]
+            assert [s["completion"] for s in shown] == [row.text for row in groups[0]]
+            assert {s["prompt"] for s in shown} == {batches[0]["prompts"][0]}
+            assert [s["reward"] for s in shown] == pytest.approx(rewards[0], abs=1e-5)
+        assert run.state["tokens"] == total and next(calls, None) is None
+
+    def check_evaluations(self, rows, columns):
+        """Before the first step, every second step and after the last, on the test split."""
+        evaluated = [row for i, row in enumerate(rows) if i % 2 == 0 or i == len(rows) - 1]
+        assert [row for row in rows if columns[0] in row] == evaluated
+        for (model, tokenizer, split, args), row in zip(self.evaluations, evaluated, strict=True):
+            assert model is self.models[0] and tokenizer is self.tokenizer
+            assert split == "test" and args is self.args
+            assert all(name in row for name in columns)
+
+
+def metrics(run):
+    """Every row of metrics.csv, {column: number}, without the empty cells."""
+    names, *rows = [line.split(",") for line in (run.dir / "metrics.csv").read_text().splitlines()]
+    rows = [dict(zip(names, row, strict=True)) for row in rows]
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+
+
+def test_learning_rate():
+    rate = common.learning_rate
+    assert [rate(s, 100, 2.0, 4, "constant") for s in (1, 2, 4, 5, 100)] == [0.5, 1, 2, 2, 2]
+    assert rate(52, 100, 2.0, 4, "cosine") == pytest.approx(1.0)
+    assert rate(28, 100, 2.0, 4, "cosine") == pytest.approx(1 + math.sqrt(0.5))
+    assert rate(100, 100, 2.0, 4, "cosine") == pytest.approx(0.0, abs=1e-12)
+    assert rate(1, 1, 2.0, 0, "cosine") == pytest.approx(0.0, abs=1e-12)
+
+
+# ---- common.evaluate ----
+
+
+class Judged(TextTask):
+    """Solved or not is one thing, the reward another."""
+
+    def problem(self, index):
+        return f"{self.split} {index}", ""
+
+    def step(self, completion):
+        solved, reward = completion.split()
+        return self.prompt, float(reward), True, False, {"solved": solved == "True"}
+
+
+@pytest.mark.parametrize("size, n", [(None, 130), (70, 70), (1, 1)])
+def test_evaluate(monkeypatch, size, n):
+    calls = []
+
+    def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
+        draws = torch.rand(len(prompts) * k).tolist()  # some problems are easier than others
+        solved = [x < 0.1 + 0.4 * (i // k % 3 == 0) for i, x in enumerate(draws)]
+        calls.append((model, tokenizer, prompts, k, max_new_tokens, temperature, solved))
+        texts = [f"{s} {x - 0.5:.2f}" for s, x in zip(solved, draws, strict=True)]
+        return SimpleNamespace(texts=texts)
+
+    monkeypatch.setattr(common, "sample", sample)
+    task, args = Judged("test"), gpg.parse_args(["--model", "m", "--temperature", "0.7"])
+    task.size, args.eval_problems, args.eval_samples, args.max_new_tokens = size, 130, 3, 9
+    state = torch.get_rng_state()
+    figures = common.evaluate("model", "tokenizer", task, args)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    batches = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)]
+    prompts = [[f"test {i}" for i in batch] for batch in batches]
+    expected = [("model", "tokenizer", p, k, 9, t) for k, t in ((3, 0.7), (1, 0)) for p in prompts]
+    assert [call[:-1] for call in calls] == expected
+    solved = [s for call in calls if call[3] == 3 for s in call[-1]]
+    shares = [sum(solved[3 * i : 3 * i + 3]) / 3 for i in range(n)]
+    greedy = [s for call in calls if call[3] == 1 for s in call[-1]]
+    assert figures.pop("accuracy") == pytest.approx(statistics.mean(shares), abs=1e-9)
+    error = figures.pop("accuracy_stderr")
+    if n > 1:  # over problems
+        assert error == pytest.approx(statistics.stdev(shares) / math.sqrt(n), abs=1e-9)
+    else:
+        assert math.isnan(error)
+    assert figures.pop("greedy") == pytest.approx(sum(greedy) / n, abs=1e-9)
+    assert figures.pop("pass_at_k") == pytest.approx(sum(s > 0 for s in shares) / n, abs=1e-9)
+    assert not figures
+
+    torch.manual_seed(5)  # the next evaluation draws the same numbers, whatever was drawn before
+    again = common.evaluate("model", "tokenizer", task, args)
+    assert again["greedy"] == sum(greedy) / n and calls[-1] == calls[len(batches) * 2 - 1]
+
+
+# ---- real small models, for the tests of each script ----
+
+
+class ManyAs(TextTask):
+    """The reward is the share of a's: a dense signal that a random model can climb in seconds."""
+
+    def problem(self, index):
+        return f"{index % 7}:", "a"
+
+    def reward(self, completion, answer):
+        return completion.count("a") / 8
+
+
+def run_script(script, tmp_path, monkeypatch, model_dir, task, *flags):
+    """A small run of a script on a task object -> the run, and its rows without that of step 0."""
+    monkeypatch.setattr(common, "make_task", lambda name, split="train": task)
+    monkeypatch.setattr(common, "draw_curves", lambda directory: None)
+    flags = ["--model", model_dir, "--max-new-tokens", "8", "--steps", "3", "--prompts", "4",
+             "--eval-problems", "4", "--eval-samples", "2", *flags]  # fmt: skip
+    flags += [] if "--out" in flags else ["--out", tmp_path / f"run{len(list(tmp_path.iterdir()))}"]
+    run = script.train(script.parse_args([str(flag) for flag in flags]))
+    return run, metrics(run)[1:]
