@@ -144,9 +144,8 @@ def sample(
                 keep = torch.arange(n, device=device)
                 keep[~alive[:n]] = n + alive[n:].nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
-                running, tokens, seen, position = (
-                    x[keep] for x in (running, tokens, seen, position)
-                )
+                running, tokens = running[keep], tokens[keep]
+                seen, position = seen[keep], position[keep]
             logits = next_logits(tokens[:, None], seen[:, : P + t + 1], position + t)
     model.train(training)
 

@@ -96,9 +96,8 @@ def child(script, argv, log, die=None, disk=None, watch=None):
             if len(seen) == die[2]:
                 os.kill(os.getpid(), signal.SIGKILL)
         if watch and len(truth) > 1:  # step 0 has been saved
-            assert is_whole(watch / "checkpoint", truth) or is_whole(
-                watch / "checkpoint.old", truth
-            )
+            places = watch / "checkpoint", watch / "checkpoint.old"
+            assert any(is_whole(place, truth) for place in places)
         busy.clear()
 
     def remember(run):
@@ -136,9 +135,8 @@ def start():
     context.set_forkserver_preload(["conftest", "test_runs", "matplotlib.pyplot"])
 
     def start(script, argv, out, **more):
-        process = context.Process(
-            target=child, args=(script, argv, Path(f"{out}.log")), kwargs=more
-        )
+        args = script, argv, Path(f"{out}.log")
+        process = context.Process(target=child, args=args, kwargs=more)
         process.start()
         return process
 
@@ -261,7 +259,7 @@ def test_killed_at_random_instants(start, whole, model, tmp_path, script):
     out = tmp_path / "run"
     argv = flags(script, model, out)
     for attempt in range(9):
-        die = None if attempt % 3 == 2 else (None, None, rng.randrange(10, 70))  # 26 per save
+        die = None if attempt % 3 == 2 else (None, None, rng.randrange(10, 100))  # 26 per save
         process = start(script, argv, out, die=die)
         process.join(120 if die else rng.uniform(0, 0.5))
         process.kill()
@@ -409,12 +407,12 @@ def test_a_second_signal_stops_at_once(model, tmp_path, monkeypatch, capsys):
         time.sleep(10)
 
     monkeypatch.setattr(common.Run, "next_problems", twice)
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     out, began = tmp_path / "run", time.time()
     line = refused("gpg.py", flags("gpg.py", model, out), capsys, status=130)
     assert line == f"gpg.py: stopped; to continue: python gpg.py --resume {out}"
     assert time.time() - began < 8 and step_of(out / "checkpoint") == 0
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 # ---- two processes ----
@@ -630,7 +628,6 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(script, model, tmp_path, cap
     assert steps[-1] == 3 and step_of(out / "checkpoint") == 2
     weights = load_file(out / "checkpoint" / "model.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
