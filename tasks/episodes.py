@@ -97,6 +97,8 @@ def point_at(where: str):
         yield
     except UserError:
         raise
-    except Exception:
+    except Exception as error:
         tqdm.write(f"the task failed at {where}:", file=sys.stderr)
+        if isinstance(error, OSError):  # the scripts print one line for those: a full disk
+            raise RuntimeError(str(error)) from error
         raise

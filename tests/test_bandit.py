@@ -272,4 +272,6 @@ def test_command_line(tmp_path, capsys):
     with (tmp_path / "regret.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 3 * 3
+    first = [float(row["regret"]) for row in rows if row["epoch"] == "0"]
+    assert first == pytest.approx([0.291867] * 6, abs=1e-6)
     assert (tmp_path / "figure1.png").read_bytes()[:4] == b"\x89PNG"

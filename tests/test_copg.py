@@ -8,6 +8,7 @@ from statistics import mean, stdev
 import pytest
 import torch
 from test_train import Bigrams, ManyAs, Numbered, Row, Stage, metrics, run_script
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import bandit_toy
@@ -566,6 +567,10 @@ def test_scores_use_the_chat_template(classifier):
         "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}?{% endif %}<|endoftext|>"
     )
+    torch.testing.assert_close(copg.score(model, tokenizer, ["hi"], ["yes"]), plain)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", 257)]
+    )  # a BOS for every text: under a template it would be a second one
     torch.testing.assert_close(copg.score(model, tokenizer, ["hi"], ["yes"]), plain)
 
 

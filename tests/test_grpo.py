@@ -251,6 +251,9 @@ def test_variants():
     assert defining("--clip-low", "0.1") == ("std", 0.04, "sequence", 0.1, 0.1, False)
     given = ["--variant", "dapo", "--clip-high", "0.3", "--no-dynamic-sampling", "--scale", "none"]
     assert defining(*given) == ("none", 0.0, "token", 0.2, 0.3, False)
+    assert grpo.parse_args(["--dynamic-sampling", "--max-rounds", "3"]).max_rounds == 3
+    with pytest.raises(common.UserError, match="--max-rounds does nothing"):
+        grpo.parse_args(["--variant", "dapo", "--no-dynamic-sampling", "--max-rounds", "3"])
 
 
 @pytest.mark.parametrize(

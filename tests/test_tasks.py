@@ -186,6 +186,13 @@ def test_train_and_test_share_no_problem():
         assert not train & test and len(train) > 700 and len(test) > 300
 
 
+def test_problems_are_the_same_in_every_process():
+    """What decides the split may not be hash(), which is salted."""
+    for split, problem in (("train", ("6+480=", "486")), ("test", ("8+22=", "30"))):
+        assert make_task("add", split).unwrapped.problem(7) == problem
+    assert make_task("posts", "test").unwrapped.problem(7)[1].startswith("my mother copied my bike")
+
+
 def test_the_seed_names_the_problem():
     task = make_task("add")
     assert task.reset(seed=7) == task.reset(seed=7) == (task.unwrapped.problem(7)[0], {})
@@ -266,6 +273,15 @@ def test_rewards_stay_with_their_prompts():
     rewards, solved = get_rewards(task, problems, completions)
     assert rewards.tolist() == [[1, 0], [1, 1], [0, 1]] and rewards.dtype == torch.float32
     assert torch.equal(solved, rewards > 0)
+
+
+def test_solved_is_what_the_task_says():
+    task = make_task("add")
+    task.unwrapped.reward = lambda completion, answer: float(completion)
+    step = task.unwrapped.step
+    assert get_rewards(task, [1], ["1", "0", "-1"])[1].tolist() == [[True, False, False]]
+    task.unwrapped.step = lambda x: (*step(x)[:4], {"solved": x != "1"})
+    assert get_rewards(task, [1], ["1", "0", "-1"])[1].tolist() == [[False, True, True]]
 
 
 class Odd(TextTask):

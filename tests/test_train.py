@@ -117,11 +117,16 @@ class Stage:
     def sample(self, model, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0):
         """Random tokens, lengths and rewards. The log-probs are those of a somewhat older policy:
         a ratio starts away from 1."""
-        N, T = len(prompts) * group_size, max_new_tokens
+        N, T = len(prompts) * group_size, max_new_tokens - 1  # no row is as long as it may be
         valid = self.plan.pop(0) if self.plan else [True] * len(prompts)
         rewards = torch.randn(len(prompts), group_size)
         rewards[~torch.tensor(valid).bool()] = 0.1
-        call = {"prompts": prompts, "group_size": group_size, "T": T, "temperature": temperature}
+        call = {
+            "prompts": prompts,
+            "group_size": group_size,
+            "T": T + 1,
+            "temperature": temperature,
+        }
         call |= {"seed": torch.initial_seed(), "model": model, "first": len(self.samples)}
         texts = [f"{r:.2f} {call['first']}.{i}" for i, r in enumerate(rewards.flatten().tolist())]
         prompt = (x.repeat_interleave(group_size, 0) for x in
