@@ -523,11 +523,11 @@ def parse_flags(parser: Parser, argv: list[str] | None, defaults: Callable) -> a
     names = (f"runs/{Path(parser.prog).stem}{i}" for i in ["", *range(-2, -1000, -1)])
     args.out = str(Path(args.out or next(name for name in names if not Path(name).exists())))
     args.command = config.get("command") or shlex.join([parser.prog, *argv])
-    for flag in config and vars(args).keys() - {"resume", "steps", "device"}:
-        if getattr(args, flag) != config.get(flag):
-            flag, value, was = flag.replace("_", "-"), getattr(args, flag), config.get(flag)
+    for flag, value in vars(args).items() if config else ():
+        if flag not in ("resume", "steps", "device") and value != config.get(flag):
             raise UserError(
-                f"--{flag} {value} contradicts --resume {given.resume}, where it is {was}"
+                f"--{flag.replace('_', '-')} {value} contradicts --resume {given.resume}, where it "
+                f"is {config.get(flag)}"
             )
     if config and args.schedule == "cosine" and args.steps != config["steps"]:
         print(f"the cosine schedule now ends at step {args.steps}: the learning rate rises again")
@@ -610,7 +610,12 @@ class Run:
         try:
             with tqdm(total=total, initial=state["step"], unit="step") as self.bar:
                 if not self.resumed:
-                    self.end_step(evaluate=True, save=True)
+                    try:
+                        self.end_step(evaluate=True, save=True)
+                    except Exception:  # the directory was empty: leave it so, for another try
+                        for path in self.dir.iterdir():
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        raise
                 while state["step"] < total and not self.stopping:
                     self.row, self.start = {"step": state["step"] + 1}, time.perf_counter()
                     yield self.row["step"]

@@ -320,7 +320,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ("checkpoint.old never renamed back", "common.py", "old.rename(self.checkpoint)", "pass", "runs"),
     ("no lock", "common.py", "fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "runs"),
     ("starts in a directory that is not empty", "common.py", "if not args.resume and any(self.dir.iterdir()):", "if False:", "runs"),
-    ("a contradicting flag ignored", "common.py", "if getattr(args, flag) != config.get(flag):", "if False:", "runs"),
+    ("a contradicting flag ignored", "common.py", 'if flag not in ("resume", "steps", "device") and value', "if False and value", "runs"),
     ("problems repeat after a resume", "common.py", 'saved["state"][name] for name in self.state}', 'saved["state"][name] for name in self.state} | {"problem": self.state["problem"]}', "runs"),
     ("every seed trains on the same problems", "common.py", "10**6 * (args.seed + 1)", "10**6", "train"),
     ("standard error over nothing", "common.py", "values.std() / math.sqrt(len(values))", "values.std()", "train"),
