@@ -114,12 +114,12 @@ def sample(
     model.eval()  # in train mode, which checkpointing needs, transformers drops the cache
 
     def next_logits(ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:  # [n, V]
-        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position}
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
         inputs |= {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         return model(**inputs).logits[:, -1]
 
     with autocast(device):  # once around all: it keeps its bf16 copies of the weights
-        logits = next_logits(prompt_ids, prompt_mask, positions(prompt_mask))  # [B, V]
+        logits = next_logits(prompt_ids, prompt_mask.long(), positions(prompt_mask))  # [B, V]
         repeat_cache(cache, G, room=T)
         logits = logits.repeat_interleave(G, 0)  # [N, V]
         prompt_ids = prompt_ids.repeat_interleave(G, 0)  # [N, P]
@@ -130,7 +130,7 @@ def sample(
         mask = torch.zeros(N, T, dtype=torch.bool, device=device)
         logprobs = torch.zeros(N, T, device=device)
         running = torch.arange(N, device=device)  # the rows without an EOS, in the cache's order
-        seen = torch.cat([prompt_mask, torch.ones_like(mask)], 1)  # [N, P + T], not the padding
+        seen = torch.cat([prompt_mask, torch.ones_like(mask)], 1).long()  # [N, P + T], no padding
         position = prompt_mask.sum(1, keepdim=True)  # [N, 1], of the first token to draw
         for t in range(T):
             tokens, token_logprobs = draw(logits, temperature)  # [n] for the n running rows

@@ -322,7 +322,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ("starts in a directory that is not empty", "common.py", "if not args.resume and any(self.dir.iterdir()):", "if False:", "runs"),
     ("a contradicting flag ignored", "common.py", 'if flag not in ("resume", "steps", "device") and value', "if False and value", "runs"),
     ("problems repeat after a resume", "common.py", 'saved["state"][name] for name in self.state}', 'saved["state"][name] for name in self.state} | {"problem": self.state["problem"]}', "runs"),
-    ("every seed trains on the same problems", "common.py", "10**6 * (args.seed + 1)", "10**6", "train"),
+    ("every seed trains on the same problems", "common.py", "10**6 * (args.seed + 1)", "10**6", "gpg"),
     ("standard error over nothing", "common.py", "values.std() / math.sqrt(len(values))", "values.std()", "train"),
     ("standard error over samples", "common.py", 'mean_and_error("accuracy", sampled.mean(1))', 'mean_and_error("accuracy", sampled.flatten())', "train"),
     ("accuracy is the mean reward", "common.py", "get_rewards(task, problems, rollout.texts)[1])", "get_rewards(task, problems, rollout.texts)[0])", "train"),
