@@ -612,9 +612,10 @@ class Run:
                 if not self.resumed:
                     try:
                         self.end_step(evaluate=True, save=True)
-                    except Exception:  # the directory was empty: leave it so, for another try
-                        for path in self.dir.iterdir():
-                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    except Exception:  # take away what this run has written, for another try
+                        shutil.rmtree(self.dir / "checkpoint.new", ignore_errors=True)
+                        for name in ("config.json", "metrics.csv", "samples.jsonl", "data.jsonl"):
+                            (self.dir / name).unlink(missing_ok=True)
                         raise
                 while state["step"] < total and not self.stopping:
                     self.row, self.start = {"step": state["step"] + 1}, time.perf_counter()

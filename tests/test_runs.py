@@ -523,6 +523,20 @@ def test_bad_flags(script, given, parts, model, tmp_path, capsys):
     assert not list(tmp_path.glob("run/*"))  # the same --out can be tried again
 
 
+def test_a_failed_first_evaluation_takes_away_its_own_files_only(
+    model, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "run"
+
+    def fail(*args):
+        (out / "notes.txt").write_text("mine")
+        raise UserError("no evaluation")
+
+    monkeypatch.setattr(common, "evaluate", fail)
+    refused("gpg.py", flags("gpg.py", model, out), capsys, "no evaluation")
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
 def refused_and_untouched(script, argv, folder, capsys, *parts):
     before = contents(folder)
     refused(script, argv, capsys, *parts)
