@@ -12,6 +12,7 @@ baseline does not, and IPO converges to something else.
 
     python bandit_toy.py                              a table, regret.csv and figure1.png; seconds
     python bandit_toy.py --lr 1e-3                    the paper's literal learning rate
+    python bandit_toy.py --labels ranked              the better arm always wins, as in section 6
 
 With 1e-3 Adam moves three zero logits too slowly: after 100 epochs CoPG's regret is .013. With
 5e-3, the default here, every curve reaches its limit.
@@ -172,20 +173,26 @@ def collect(policy, n: int, rng: np.random.Generator, env: gymnasium.Env) -> tup
 
 
 @functools.cache  # all methods learn from the same data
-def data_set(seeds: tuple[int, ...], pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """y, y_ and wins [S, pairs]; the preferences are drawn once, by Bradley-Terry."""
+def data_set(seeds: tuple[int, ...], pairs: int, labels: str) -> tuple[Tensor, Tensor, Tensor]:
+    """y, y_ and wins [S, pairs]; the preferences are drawn once.
+
+    labels: "sampled" by Bradley-Terry, as in section 5, or "ranked", the better arm always wins, as
+    where a reward model ranks the pairs (section 6).
+    """
     env, rows = ThreeArmedBandit(), []
     for seed in seeds:
         rng = np.random.default_rng(seed)
         (y, r), (y_, r_) = collect(MU1, pairs, rng, env), collect(MU2, pairs, rng, env)
         wins = rng.random(pairs) < 1 / (1 + np.exp(np.subtract(r_, r)))  # sigmoid(R(y) - R(y'))
+        if labels == "ranked":
+            wins = np.greater(r, r_)
         rows.append((torch.tensor(y), torch.tensor(y_), torch.tensor(wins)))
     return tuple(torch.stack(columns) for columns in zip(*rows, strict=True))
 
 
 def train(
     method: str, seeds=range(10), epochs: int = 100, lr: float = 5e-3, batch_size: int = 512,
-    pairs: int = 10_000, policies: bool = False,
+    pairs: int = 10_000, labels: str = "sampled", policies: bool = False,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Training from three zero logits with Adam -> regret after each epoch, [epochs + 1, S].
 
@@ -193,7 +200,7 @@ def train(
     final policies [S, A] too.
     """
     S = len(seeds)
-    y, y_, wins = data_set(tuple(seeds), pairs)  # [S, pairs]
+    y, y_, wins = data_set(tuple(seeds), pairs, labels)  # [S, pairs]
     generator = torch.Generator().manual_seed(seeds[0])
     logits = torch.zeros(S, len(R), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=lr, fused=True)
@@ -213,16 +220,19 @@ def train(
     return (curve, logits.detach().softmax(-1).numpy()) if policies else curve
 
 
-def expected_loss(method: str, logits, rewards=R, ref=REF, beta=BETA, mu1=MU1, mu2=MU2) -> Tensor:
+def expected_loss(
+    method: str, logits, rewards=R, ref=REF, beta=BETA, mu1=MU1, mu2=MU2, labels="sampled"
+) -> Tensor:
     """The mean loss of logits [A] over all pairs and both preferences, enumerated: no sampling.
 
-    y ~ mu1, y' ~ mu2, for "rloo" both from the policy, held fixed; preferences by Bradley-Terry.
+    y ~ mu1, y' ~ mu2, for "rloo" both from the policy, held fixed; labels as in `data_set`.
     """
     A = len(rewards)
     y, y_ = torch.cartesian_prod(torch.arange(A), torch.arange(A)).T.repeat(1, 2)  # [2 A^2]
     wins = torch.arange(2 * A * A) < A * A
     margin = tensor(rewards)[y] - tensor(rewards)[y_]
-    preference = torch.where(wins, margin, -margin).sigmoid()
+    margin = torch.where(wins, margin, -margin)
+    preference = margin.sigmoid() if labels == "sampled" else (margin.sign() + 1) / 2
     pi = logits.detach().softmax(-1)
     m1, m2 = (pi, pi) if method == "rloo" else (tensor(mu1), tensor(mu2))
     loss = LOSSES[method](Pairs(logits, y, y_, wins, rewards, ref, beta, mu1, mu2))
@@ -237,6 +247,9 @@ def expected_gradient(method: str, logits: Tensor, **problem) -> Tensor:
 
 def limit(method: str, steps: int = 1500, lr: float = 1.0, **problem) -> Tensor:
     """The policy [A] where gradient descent on the expected loss ends, from zero logits."""
+    if method == "dpo" and problem.get("labels") == "ranked":  # no minimum: the margins grow on
+        rewards = tensor(problem.get("rewards", R))
+        return (rewards == rewards.max()).double()
     logits = torch.zeros(len(problem.get("rewards", R)), dtype=torch.float64)
     for _ in range(steps):
         logits = logits - lr * expected_gradient(method, logits, **problem)
@@ -294,17 +307,21 @@ def main(argv: list[str] | None = None) -> None:
     add("--lr", type=positive, default=5e-3, help="of Adam (default: 5e-3; paper: 1e-3)")
     add("--epochs", type=count, default=100, help="(default: 100, as the paper)")
     add("--seeds", type=count, default=10, help="number of seeds (default: 10)")
+    add("--labels", choices=["sampled", "ranked"], default="sampled", help="who wins, for ipo and "
+        "dpo: drawn by Bradley-Terry, or the better arm (default: sampled)")  # fmt: skip
     add("--out", type=Path, default=Path("runs/bandit_toy"), help="(default: runs/bandit_toy)")
     args = parser.parse_args(argv)
+    if args.labels == "ranked" and not {"ipo", "dpo"} & set(args.methods):
+        raise common.UserError("--labels ranked does nothing: only ipo and dpo learn from labels")
     torch.set_num_threads(1)  # the tensors are small
     curves, policies, limits = {}, {}, {}
     print(f"J(pi*) = {objective(optimal_policy()):.6f}, J(ref) = {objective(REF):.6f}")
     print(f"{'method':12} {'regret':>8} {'sd':>7} {'limit':>8}   {'final policy':21} in the limit")
     for method in tqdm(args.methods, desc="methods"):
         curves[method], policies[method] = train(
-            method, range(args.seeds), args.epochs, args.lr, policies=True
+            method, range(args.seeds), args.epochs, args.lr, labels=args.labels, policies=True
         )
-        limits[method] = limit(method)
+        limits[method] = limit(method, labels=args.labels)
         last, exact = curves[method][-1], float(regret(limits[method]))
         policy = " ".join(f"{x:.4f}" for x in policies[method].mean(0))
         line = f"{method:12} {last.mean():8.4f} {last.std():7.4f} {exact:8.4f}   {policy:21} "

@@ -138,8 +138,8 @@ def choose_groups(valid: Tensor, B: int) -> Tensor:
 # Training
 # --------------------------------------------------------------------------------------------------
 
-COLUMNS = """step reward_mean reward_std valid_share alpha loss grad_norm entropy completion_length
-truncated_share lr tokens_per_second seconds rounds
+COLUMNS = """step reward_mean reward_std valid_share all_right all_wrong alpha loss grad_norm
+entropy completion_length truncated_share lr tokens_per_second seconds rounds
 eval_accuracy eval_accuracy_stderr eval_greedy eval_pass_at_k"""
 
 
@@ -208,7 +208,9 @@ def train(args: argparse.Namespace) -> common.Run:
 
         # 4. Record the step.
         run.log(
-            prompts, rollout, rewards, valid_share=valid.double().mean().item(), alpha=alpha,
+            prompts, rollout, rewards, valid_share=valid.double().mean().item(),
+            all_right=(~valid & (rewards[:, 0] > 0)).double().mean().item(),
+            all_wrong=(~valid & (rewards[:, 0] <= 0)).double().mean().item(), alpha=alpha,
             loss=loss, grad_norm=grad_norm, lr=lr, rounds=len(rollouts),
         )  # fmt: skip
     return run

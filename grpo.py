@@ -195,8 +195,9 @@ def minibatches(N: int, mu: int, K: int) -> list[Tensor]:
 # Training
 # --------------------------------------------------------------------------------------------------
 
-COLUMNS = """step reward_mean reward_std valid_share alpha loss grad_norm entropy completion_length
-truncated_share lr tokens_per_second seconds rounds kl clip_share ratio_mean ratio_min ratio_max
+COLUMNS = """step reward_mean reward_std valid_share all_right all_wrong alpha loss grad_norm
+entropy completion_length truncated_share lr tokens_per_second seconds rounds
+kl clip_share ratio_mean ratio_min ratio_max
 eval_accuracy eval_accuracy_stderr eval_greedy eval_pass_at_k"""
 
 
@@ -299,7 +300,9 @@ def train(args: argparse.Namespace) -> common.Run:
         else:
             run.warn("every group is dead (equal rewards): nothing to learn, step skipped")
         run.log(
-            prompts, rollout, rewards, valid_share=valid.double().mean().item(), alpha=1.0, lr=lr,
+            prompts, rollout, rewards, valid_share=valid.double().mean().item(),
+            all_right=(~valid & (rewards[:, 0] > 0)).double().mean().item(),
+            all_wrong=(~valid & (rewards[:, 0] <= 0)).double().mean().item(), alpha=1.0, lr=lr,
             rounds=len(rollouts), **metrics,
         )  # fmt: skip
     return run

@@ -1,9 +1,15 @@
-"""GPG, its ablations, GRPO, Dr. GRPO and DAPO side by side: `python extras/compare.py --task add`.
+"""From GRPO to GPG, one change at a time, with DAPO beside them: `python extras/compare.py`.
 
-Runs every method with every seed, in OUT/<task>/<method>-<seed>, and prints a table. A finished run
-is not run again, an interrupted one is continued. The learning rate is constant, so that a run's
-curve may be read at any point: after equal numbers of sampled completions, and after equal times.
-The time is that of sampling and updates. Each run has one thread, and two go at a time.
+Three tables: the methods with B = 16 and with B = 64 prompts per step (tables 1, 9 and 15 of the
+GPG paper), and the group size with 128 completions per step (its table 11). All methods that sample
+again have the same cap on the rounds of a step. The learning rate of each is chosen by its accuracy
+after equal numbers of completions, with a seed that is not reported: from a grid that widens until
+the best is inside. Five other seeds are reported.
+
+The learning rate is constant, so that a run's curve may be read at any point: after equal numbers
+of sampled completions, after equal times (sampling and updates only), and after equal steps. Runs
+are in OUT/<task>/<method>-B<B>-G<G>-<learning rate>-<seed>: a finished one is not run again, an
+interrupted one is continued. Each has one thread, and two go at a time.
 """
 
 import argparse
@@ -12,80 +18,138 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from read_runs import finished, read_metrics, where
+from read_runs import climb, finished, read_metrics, where
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-
-METHODS = {  # name: (what the table calls it, the average of the paper's table 1, the command)
-    "grpo": ("GRPO", "43.7", "grpo.py"),
-    "gpg-std-plain": (
-        "GPG, F = std, alpha = 1", "45.3", "gpg.py --f-norm std --no-alpha --beta-th 0",
-    ),
-    "gpg-plain": ("GPG, F = 1, alpha = 1", "43.9", "gpg.py --no-alpha --beta-th 0"),
-    "gpg-std-alpha": ("GPG, F = std, alpha", "44.1", "gpg.py --f-norm std --beta-th 0"),
-    "gpg-alpha": ("GPG, F = 1, alpha", "47.8", "gpg.py --beta-th 0"),
-    "gpg-0.6": ("GPG, F = 1, alpha, beta_th = .6", "48.3", "gpg.py"),
-    "gpg-0.8": ("GPG, F = 1, alpha, beta_th = .8", "48.6", "gpg.py --beta-th 0.8"),
-    "dr_grpo": ("Dr. GRPO", "43.7", "grpo.py --variant dr_grpo"),
-    "dapo": ("DAPO", "", "grpo.py --variant dapo"),
-}  # fmt: skip
-COMPLETIONS = 128  # of a round: the scripts' 16 prompts with 8 completions each
+RATES = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"]
+SELECTION_SEED = 100  # the reported seeds are 0, 1, 2, ...
 
 
-def run(method: str, seed: int, args) -> None:
-    """Bring one run to its last step. Raises UserError with what the run says if it fails."""
-    out = args.out / args.task / f"{method}-{seed}"
-    if finished(out, args.steps):
-        return
-    script, *flags = METHODS[method][2].split()
-    flags += f"--task {args.task} --steps {args.steps} --schedule constant --seed {seed}".split()
-    flags += where(out)
-    print(" ".join(["python", script, *flags]), flush=True)
-    result = subprocess.run(
-        [sys.executable, ROOT / script, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if result.returncode:
-        raise common.UserError(f"{method}, seed {seed}: {result.stderr.strip()[-500:]}")
+class Method(NamedTuple):
+    name: str
+    label: str  # in the table
+    paper: str  # the average in the paper's tables, for Qwen2.5-Math-7B
+    command: str
 
 
-def curve(directory: Path) -> np.ndarray:
-    """[3, n]: completions, seconds and accuracy at each of n evaluations."""
+CHAIN = [
+    Method("grpo", "GRPO", "43.7", "grpo.py"),
+    Method("no-kl", "- KL (and clip: it never acts)", "", "grpo.py --kl-beta 0"),
+    Method("no-std", "- std", "", "grpo.py --kl-beta 0 --scale none"),
+    Method("plain", "token mean: GPG, alpha = 1", "43.9", "gpg.py --no-alpha --beta-th 0"),
+    Method("alpha", "+ alpha", "47.8", "gpg.py --beta-th 0"),
+    Method("gpg", "+ beta_th = .6: GPG", "48.3", "gpg.py --max-rounds 8"),
+    Method("dapo", "DAPO", "", "grpo.py --variant dapo --max-rounds 8"),
+]
+STD = "gpg.py --f-norm std --beta-th 0"
+MORE = [
+    Method("gpg-0.8", "GPG, beta_th = .8", "48.6", "gpg.py --beta-th 0.8 --max-rounds 8"),
+    Method("std", "GPG, F = std, alpha = 1", "45.3", f"{STD} --no-alpha"),
+    Method("std-alpha", "GPG, F = std, alpha", "44.1", STD),
+]
+SIZES = {2: "41.9", 4: "43.3", 8: "45.3", 16: "47.3"}  # G: table 11, F = std, alpha = 1
+
+
+class Table(NamedTuple):
+    name: str
+    steps: int
+    rows: list[tuple[Method, int, int]]  # with B and G
+
+
+TABLES = [
+    Table("B = 16", 60, [(method, 16, 8) for method in CHAIN + MORE]),
+    Table("B = 64", 30, [(method, 64, 8) for method in CHAIN]),
+    Table("128 completions per step", 60, [
+        (Method("std", f"G = {G}", paper, f"{STD} --no-alpha"), 128 // G, G)
+        for G, paper in SIZES.items()
+    ]),
+]  # fmt: skip
+
+
+def run(method: Method, B: int, G: int, rate: str, seed: int, steps: int, args) -> np.ndarray:
+    """Bring one run to its last step -> its curve. Raises UserError with what the run says if it
+    fails."""
+    out = args.out / args.task / f"{method.name}-B{B}-G{G}-{rate}-{seed}"
+    if not finished(out, steps):
+        script, *flags = (
+            f"{method.command} --task {args.task} --prompts {B} --group-size {G}".split()
+        )
+        flags += f"--lr {rate} --steps {steps} --schedule constant --seed {seed}".split()
+        flags += where(out)
+        tqdm.write(" ".join(["python", script, *flags]))
+        result = subprocess.run(
+            [sys.executable, ROOT / script, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if result.returncode:
+            raise common.UserError(f"{out.name}: {result.stderr.strip()[-500:]}")
+    return curve(out, B * G)
+
+
+def curve(directory: Path, completions: int) -> np.ndarray:
+    """[3, n]: completions, seconds and accuracy at each of n evaluations; a round samples
+    `completions`."""
     metrics = read_metrics(directory)
-    completions = np.nancumsum(COMPLETIONS * metrics["rounds"])
+    sampled = np.nancumsum(completions * metrics["rounds"])
     seconds = np.nancumsum(metrics["seconds"])  # a step's, without evaluation and checkpoint
     evaluated = ~np.isnan(metrics["eval_accuracy"])
-    return np.array([completions, seconds, metrics["eval_accuracy"]])[:, evaluated]
+    return np.array([sampled, seconds, metrics["eval_accuracy"]])[:, evaluated]
 
 
-def table(curves: dict[str, list[np.ndarray]], task: str, steps: int) -> str:
-    """{method: the curve of each seed} as Markdown: mean and standard error over the seeds."""
-    budget = COMPLETIONS * steps
-    least = min(np.mean([run[1][-1] for run in runs]) for runs in curves.values())
+def measure(table: Table, args) -> str:
+    """All runs of a table -> the table as Markdown."""
+    budget = min(B * G for _, B, G in table.rows) * table.steps  # completions
 
-    def cell(runs, axis: int, x: float) -> str:
-        values = [np.interp(x, run[axis], run[2]) for run in runs]
+    def best_rate(row) -> str:
+        def accuracy(rate: str) -> float:
+            sampled, _, accuracy = run(*row, rate, SELECTION_SEED, table.steps, args)
+            return np.interp(budget, sampled, accuracy)
+
+        return climb(RATES, range(1, 4), accuracy)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rates = list(pool.map(best_rate, table.rows))
+        jobs = [(i, seed) for seed in range(args.seeds) for i in range(len(rates))]
+        curves = pool.map(
+            lambda job: run(*table.rows[job[0]], rates[job[0]], job[1], table.steps, args), jobs
+        )
+        runs = {i: [] for i in range(len(rates))}
+        for (i, _), values in zip(jobs, curves, strict=True):
+            runs[i].append(values)
+    methods = [method for method, _, _ in table.rows]
+    head = f"{args.task}, {table.name}"
+    return format_table(head, methods, rates, list(runs.values()), budget, table.steps)
+
+
+def format_table(head: str, methods, rates, runs, budget: int, steps: int) -> str:
+    """The curves of each method's seeds as Markdown: mean and standard error over the seeds."""
+    least = min(np.mean([run[1][-1] for run in seeds]) for seeds in runs)
+
+    def cell(seeds, axis: int, x: float) -> str:
+        values = [np.interp(x, run[axis], run[2]) for run in seeds]
         text = f"{np.mean(values):.3f}"
         if len(values) > 1:
             text += f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
         return text.replace("0.", ".")
 
     heads = [
-        task, "paper", f"{budget // 3:,} completions", f"{budget:,} completions",
+        head, "paper", "learning rate", f"{budget // 3:,} completions", f"{budget:,} completions",
         f"{least:.0f} s", f"{steps} steps", "these took",
     ]  # fmt: skip
     lines = [heads, ["---"] * len(heads)]
-    for method, runs in curves.items():
-        completions, seconds, _ = np.mean([run[:, -1] for run in runs], 0)
+    for method, rate, seeds in zip(methods, rates, runs, strict=True):
+        completions, seconds, _ = np.mean([run[:, -1] for run in seeds], 0)
         lines.append([
-            *METHODS[method][:2], cell(runs, 0, budget / 3), cell(runs, 0, budget),
-            cell(runs, 1, least), cell(runs, 0, np.inf),
+            method.label, method.paper, rate, cell(seeds, 0, budget / 3), cell(seeds, 0, budget),
+            cell(seeds, 1, least), cell(seeds, 0, np.inf),
             f"{completions:,.0f} completions, {seconds:.0f} s",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -95,20 +159,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.Parser("compare.py", description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     add = parser.add_argument
-    add("--task", default="add", help="as of gpg.py (default: add)")
-    add("--steps", type=common.count, default=60, help="of every run (default: 60)")
-    add("--seeds", type=common.count, default=5, help="runs of every method (default: 5)")
+    add("--task", default="add-hard", help="as of gpg.py (default: add-hard)")
+    add("--seeds", type=common.count, default=5, help="reported runs of a method (default: 5)")
     add("--jobs", type=common.count, default=2, help="runs at a time (default: 2)")
     add("--out", type=Path, default=ROOT / "runs" / "compare", help="default: runs/compare")
     args = parser.parse_args(argv)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [(method, seed, args) for seed in range(args.seeds) for method in METHODS]
-        list(pool.map(lambda job: run(*job), jobs))
-    curves = {
-        method: [curve(args.out / args.task / f"{method}-{s}") for s in range(args.seeds)]
-        for method in METHODS
-    }
-    print(f"\n{table(curves, args.task, args.steps)}")
+    for table in TABLES:
+        print(f"\n{measure(table, args)}", flush=True)
 
 
 if __name__ == "__main__":

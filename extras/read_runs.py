@@ -1,7 +1,8 @@
-"""Reading the directories of runs: what compare.py, sweep.py and plot.py share."""
+"""What compare.py, sweep.py and plot.py share: reading runs, and the search of a grid."""
 
 import csv
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,18 @@ def finished(run: Path, steps: int) -> bool:
 def where(run: Path) -> list[str]:
     """The flag that starts a run in this directory or, if it has been interrupted, continues it."""
     return ["--resume" if (Path(run) / "config.json").exists() else "--out", str(run)]
+
+
+def climb(grid: list, start: Iterable[int], value: Callable) -> object:
+    """The x of the grid with the highest value(x), once both of its neighbours have been tried.
+
+    Begins with the indices `start` and goes on beyond their edge while the best one is the edge. A
+    value of NaN is the worst.
+    """
+    values = {i: np.nan_to_num(value(grid[i]), nan=-np.inf) for i in start}
+    while True:
+        best = max(values, key=values.get)
+        unknown = [i for i in (best - 1, best + 1) if 0 <= i < len(grid) and i not in values]
+        if not unknown:
+            return grid[best]
+        values |= {i: np.nan_to_num(value(grid[i]), nan=-np.inf) for i in unknown}

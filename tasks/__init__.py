@@ -11,9 +11,10 @@ from .episodes import get_prompts, get_rewards, held_out, make_task
 from .jsonl import GSM8K, JSONLines
 from .posts import Posts
 from .verifier import extract_answer, is_correct
+from .words import ExactWords
 
 __all__ = [
-    "GSM8K", "Addition", "JSONLines", "Posts", "TextTask", "UserError", "cache_dir",
+    "GSM8K", "Addition", "ExactWords", "JSONLines", "Posts", "TextTask", "UserError", "cache_dir",
     "extract_answer", "get_prompts", "get_rewards", "held_out", "is_correct", "make_task",
 ]  # fmt: skip
 
@@ -23,3 +24,4 @@ for digits in range(1, 7):
     gymnasium.register(f"add{digits}", Addition, kwargs={"digits": digits})
 gymnasium.register("gsm8k", GSM8K)
 gymnasium.register("posts", Posts)
+gymnasium.register("words", ExactWords)

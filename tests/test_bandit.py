@@ -9,6 +9,7 @@ from gymnasium.utils.env_checker import check_env
 
 import bandit_toy as bandit
 from bandit_toy import LOSSES, expected_gradient, limit, objective, optimal_policy, regret, tensor
+from common import UserError
 
 UNIFORM = (1 / 3,) * 3
 PI_STAR = (0.705385, 0.259496, 0.035119)
@@ -229,7 +230,7 @@ def test_environment():
 
 
 def test_data_follow_the_two_policies_and_bradley_terry():
-    y, y_, wins = bandit.data_set((0, 1), 10_000)
+    y, y_, wins = bandit.data_set((0, 1), 10_000, "sampled")
     assert y.shape == y_.shape == wins.shape == (2, 10_000)
     for arms, mu in ((y, bandit.MU1), (y_, bandit.MU2)):
         shares = torch.bincount(arms.flatten(), minlength=3) / 20_000
@@ -237,6 +238,28 @@ def test_data_follow_the_two_policies_and_bradley_terry():
     some = (y == 0) & (y_ == 2)
     assert wins[some].double().mean() == pytest.approx(1 / (1 + np.exp(-1.5)), abs=0.03)
     assert not torch.equal(y[0], y[1])
+    same_y, same_y_, ranked = bandit.data_set((0, 1), 10_000, "ranked")
+    assert torch.equal(same_y, y) and torch.equal(same_y_, y_)  # only the labels differ
+    assert torch.equal(ranked, y < y_)  # arm 0 is the best
+
+
+def test_limits_with_ranked_labels():
+    """Section 6 has pairs ranked by a reward model: DPO runs to the best arm, IPO to a policy other
+    than with sampled labels, and CoPG, which has no labels, to pi* as before."""
+    found = limit("ipo", labels="ranked")
+    torch.testing.assert_close(found, tensor((0.4576, 0.3902, 0.1522)), atol=1e-4, rtol=0)
+    assert float(regret(found)) == pytest.approx(0.0922, abs=6e-5)
+    torch.testing.assert_close(limit("copg", labels="ranked"), optimal_policy())
+    best_arm = 2.125200 - (2.5 - 0.5 * np.log(3))  # J(pi*) - J(always arm 0) = .1745
+    assert float(regret(limit("dpo", labels="ranked"))) == pytest.approx(best_arm, abs=1e-6)
+    regrets, logits = [], torch.zeros(3).double()
+    for _ in range(300):
+        logits = logits - 100 * expected_gradient("dpo", logits, labels="ranked")
+        regrets.append(float(regret(logits.softmax(-1))))
+    assert regrets[-1] == pytest.approx(best_arm, abs=1e-3)
+    assert expected_gradient("dpo", logits, labels="ranked")[0] < 0  # and on: there is no minimum
+    curve = bandit.train("dpo", seeds=range(2), labels="ranked")
+    assert (curve[-1] > curve.min(0) + 0.02).all()  # good early, then past pi*
 
 
 def test_the_figures_claims():
@@ -275,3 +298,10 @@ def test_command_line(tmp_path, capsys):
     first = [float(row["regret"]) for row in rows if row["epoch"] == "0"]
     assert first == pytest.approx([0.291867] * 6, abs=1e-6)
     assert (tmp_path / "figure1.png").read_bytes()[:4] == b"\x89PNG"
+    bandit.main([*argv, "--labels", "ranked"])
+    lines = out.splitlines() + capsys.readouterr().out.splitlines()
+    copg = [line for line in lines if line.startswith("copg")]
+    ipo = [line for line in lines if line.startswith("ipo")]
+    assert copg[0] == copg[1] and " 0.1525 " in ipo[0] and " 0.0922 " in ipo[1]
+    with pytest.raises(UserError, match="--labels ranked does nothing"):
+        bandit.main(["--methods", "copg", "--labels", "ranked"])

@@ -1,5 +1,6 @@
 """The scripts in extras/: tables and figures from runs, and the measurements in small."""
 
+import itertools
 import runpy
 import subprocess
 import sys
@@ -8,10 +9,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 EXTRAS = Path(__file__).resolve().parent.parent / "extras"
 sys.path.insert(0, str(EXTRAS))
 
+import alpha as extras_alpha  # noqa: E402
 import compare  # noqa: E402
 import gpu  # noqa: E402
 import plot  # noqa: E402
@@ -20,6 +24,8 @@ import sweep  # noqa: E402
 
 import common  # noqa: E402
 import copg  # noqa: E402
+import gpg  # noqa: E402
+import grpo  # noqa: E402
 from common import UserError  # noqa: E402
 
 
@@ -52,56 +58,211 @@ def test_has_a_run_reached_its_last_step(tmp_path):
     assert read_runs.where(run) == ["--resume", str(run)]
 
 
+@pytest.mark.parametrize("best, tried", [(3, [2, 3, 4]), (1, [2, 3, 4, 1, 0]), (5, [2, 3, 4, 5])])
+def test_climb(best, tried):
+    """The search of a grid ends when both neighbours of the best are worse, or there are none."""
+    seen = []
+
+    def value(x):
+        seen.append(x)
+        return -abs(x - best) if x != 4 or best == 5 else np.nan
+
+    assert read_runs.climb([0, 1, 2, 3, 4, 5], range(2, 5), value) == best
+    assert seen == tried
+
+
 def test_compare_reads_a_curve(tmp_path):
-    """Completions are 128 a round; an evaluation comes after the seconds of its own step."""
+    """Completions are B G a round; an evaluation comes after the seconds of its own step."""
     expected = [[0, 384, 640], [0, 5, 15], [0.2, 0.6, 0.8]]
-    np.testing.assert_allclose(compare.curve(write_run(tmp_path / "run")), expected)
+    np.testing.assert_allclose(compare.curve(write_run(tmp_path / "run"), 128), expected)
 
 
 def test_compare_table(tmp_path):
     """By hand: two seeds that are .1 apart have a standard error of .05."""
-    curves = {}
-    for method, slower in (("grpo", 1), ("dapo", 2)):
-        runs = [(0.2, 0.6, 0.8), (0.3, 0.7, 0.9)]
-        runs = [write_run(tmp_path / f"{method}-{i}", run, slower) for i, run in enumerate(runs)]
-        curves[method] = list(map(compare.curve, runs))
-    head, _, grpo, dapo = compare.table(curves, "add", 3).splitlines()
+    runs, methods = [], compare.CHAIN[:2]
+    for method, slower in zip(methods, (1, 2), strict=True):
+        pair = [(0.2, 0.6, 0.8), (0.3, 0.7, 0.9)]
+        pair = [write_run(tmp_path / f"{method.name}-{i}", x, slower) for i, x in enumerate(pair)]
+        runs.append([compare.curve(path, 128) for path in pair])
+    text = compare.format_table("add", methods, ["1e-4", "3e-4"], runs, 384, 3)
+    head, _, grpo, no_kl = text.splitlines()
     assert head == (
-        "| add | paper | 128 completions | 384 completions | 15 s | 3 steps | these took |"
+        "| add | paper | learning rate | 128 completions | 384 completions | 15 s | 3 steps "
+        "| these took |"
     )
     after = ".383 ± .050 | .650 ± .050"  # .2 + .4 * 128 / 384 = .333, and .433
-    assert grpo == f"| GRPO | 43.7 | {after} | .850 ± .050 | .850 ± .050 | 640 completions, 15 s |"
+    last = "| .850 ± .050 | 640 completions,"
+    assert grpo == f"| GRPO | 43.7 | 1e-4 | {after} | .850 ± .050 {last} 15 s |"
     after = f"{after} | .700 ± .050"  # a quarter of the way from 10 to 30 s: .65, and .75
-    assert dapo == f"| DAPO |  | {after} | .850 ± .050 | 640 completions, 30 s |"
+    assert no_kl == f"| {methods[1].label} |  | 3e-4 | {after} {last} 30 s |"
 
 
 def test_compare_runs_what_is_missing(tmp_path, monkeypatch, capsys):
-    """A finished run is not run again, an interrupted one is continued, a failure is told."""
+    """The learning rate is chosen with a seed of its own. A finished run is not run again, an
+    interrupted one is continued, a failure is told."""
     commands = []
 
     def fake(command, **_):
-        commands.append(command[1:])
-        if command[1].name == "grpo.py":
-            write_run(Path(command[-1]))
+        commands.append([str(word) for word in command[1:]])
+        rate = float(command[command.index("--lr") + 1])
+        write_run(Path(command[-1]), (0.1, 0.2, 0.6 - abs(rate - 1e-3)))  # 1e-3 is the best
         return subprocess.CompletedProcess(command, int("--no-alpha" in command), "", "it broke")
 
     monkeypatch.setattr(subprocess, "run", fake)
-    methods = {name: compare.METHODS[name] for name in ("gpg-0.6", "grpo")}
-    monkeypatch.setattr(compare, "METHODS", methods)
-    write_run(tmp_path / "add" / "gpg-0.6-0")
-    half = tmp_path / "add" / "grpo-0"
+    rows = [(method, 16, 8) for method in compare.CHAIN if method.name in ("gpg", "grpo")]
+    monkeypatch.setattr(compare, "TABLES", [compare.Table("B = 16", 4, rows)])
+    write_run(tmp_path / "add" / "gpg-B16-G8-1e-3-0")
+    half = tmp_path / "add" / "grpo-B16-G8-1e-3-0"
     half.mkdir()
     (half / "config.json").write_text("{}")
-    flags = ["--out", str(tmp_path), "--seeds", "1"]
-    compare.main([*flags, "--steps", "4"])
-    assert [command[0].name for command in commands] == ["grpo.py"]
-    assert commands[0][-2:] == ["--resume", str(half)]
-    assert "| GRPO | 43.7 | .378 |" in capsys.readouterr().out
-    methods = {"gpg-plain": ("GPG", "", "gpg.py --no-alpha")}
-    monkeypatch.setattr(compare, "METHODS", methods)
-    with pytest.raises(UserError, match="gpg-plain, seed 0: it broke"):
+    flags = ["--task", "add", "--out", str(tmp_path), "--seeds", "1", "--jobs", "1"]
+    compare.main(flags)
+    chosen = [
+        f"{name}-B16-G8-{rate}-100"
+        for name in ("grpo", "gpg")
+        for rate in ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3")
+    ]
+    assert [Path(command[-1]).name for command in commands] == [*chosen, half.name]
+    assert commands[-1][-2:] == ["--resume", str(half)] and commands[0][-2] == "--out"
+    assert " --max-rounds 8 " in " ".join(commands[5]) and "--seed 100" in " ".join(commands[5])
+    assert "--prompts 16 --group-size 8 --lr 1e-3 --steps 4" in " ".join(commands[-1])
+    printed = capsys.readouterr().out
+    assert (
+        "| GRPO | 43.7 | 1e-3 |" in printed and "| + beta_th = .6: GPG | 48.3 | 1e-3 |" in printed
+    )
+    rows = [(method, 16, 8) for method in compare.CHAIN if method.name == "plain"]
+    monkeypatch.setattr(compare, "TABLES", [compare.Table("B = 16", 4, rows)])
+    with pytest.raises(UserError, match="plain-B16-G8-3e-5-100: it broke"):
         compare.main(flags)
-    assert commands[1][-2:] == ["--out", str(tmp_path / "add" / "gpg-plain-0")]
+
+
+def test_compare_changes_one_thing_at_a_time():
+    """Every command is one of the script it names, and each link of the chain changes what it
+    says."""
+    args = []
+    for method in compare.CHAIN[:6]:
+        script, *flags = method.command.split()
+        args.append({"grpo.py": grpo, "gpg.py": gpg}[script].parse_args(flags))
+    first, second, third = (vars(a) for a in args[:3])
+    changed = [{k for k in a if a[k] != b[k]} - {"out", "command"}
+               for a, b in ((first, second), (second, third))]  # fmt: skip
+    assert changed == [{"kl_beta"}, {"scale"}]
+    assert args[2].aggregate == "sequence" and args[2].clip_high == 0.2
+    plain, alpha, full = args[3:]
+    assert (plain.f_norm, plain.no_alpha, plain.beta_th) == ("1", True, 0)
+    assert (alpha.no_alpha, alpha.beta_th) == (False, 0) and full.beta_th == 0.6
+    caps = [m.command.split("--max-rounds ")[1] for m in compare.CHAIN + compare.MORE
+            if "--max-rounds" in m.command]  # fmt: skip
+    assert caps == ["8"] * 3 and full.max_rounds == 8
+
+
+# ---- extras/alpha.py ----
+
+
+@pytest.mark.parametrize("f_norm, alpha", [("1", True), ("1", False), ("std", True)])
+def test_the_moments_of_an_update(f_norm, alpha):
+    """Every batch of three groups of three, enumerated, through gpg.py's own functions."""
+    p, B, n = np.array([0.2, 0.7]), 3, 3
+    outcomes = [  # of a group: probability, kind, rewards
+        (0.5 * np.prod([p[k] if r else 1 - p[k] for r in rewards]), k, rewards)
+        for k in (0, 1)
+        for rewards in itertools.product((0.0, 1.0), repeat=n)
+    ]
+    mean, square = np.zeros(2), 0.0
+    for batch in itertools.product(outcomes, repeat=B):
+        rewards = torch.tensor([rewards for _, _, rewards in batch], dtype=torch.float64)
+        theta = torch.tensor(np.log(p / (1 - p)), requires_grad=True)
+        kinds = torch.tensor([k for _, k, _ in batch]).repeat_interleave(n)
+        logprobs = F.logsigmoid(theta[kinds] * (2 * rewards.flatten() - 1))[:, None]
+        scale = gpg.gradient_scale(rewards)
+        if scale:
+            advantages = gpg.group_advantages(rewards, f_norm).flatten()
+            scale = scale if alpha else 1.0
+            loss = gpg.gpg_loss(logprobs, advantages, torch.ones(B * n, 1), scale)
+            loss.backward()
+            weight = np.prod([w for w, _, _ in batch])
+            mean -= weight * theta.grad.numpy()
+            square += weight * (theta.grad**2).sum().item()
+    ours = extras_alpha.update(p, B, f_norm, alpha, G=n)
+    np.testing.assert_allclose(ours["mean"], mean, rtol=1e-12)
+    assert ours["variance"] == pytest.approx(square - (mean**2).sum(), rel=1e-10)
+    assert ours["sampled"] == B
+
+
+@pytest.mark.parametrize("need, cap", [(0, 1), (2, 3), (4, 2)])
+def test_the_number_of_valid_groups(need, cap):
+    """Against 200,000 simulated steps."""
+    rng, V, sampled = np.random.default_rng(0), np.zeros(200_000, int), np.zeros(200_000)
+    going = np.full(len(V), True)
+    for _ in range(cap):
+        V += going * rng.binomial(4, 0.3, len(V))
+        sampled += 4 * going
+        going &= need > V
+    weight, groups = extras_alpha.valid_groups(0.3, 4, need, cap)
+    np.testing.assert_allclose(weight, np.bincount(V, minlength=len(weight)) / len(V), atol=5e-3)
+    assert groups == pytest.approx(sampled.mean(), rel=1e-2) and weight.sum() == pytest.approx(1)
+
+
+def test_alpha_changes_the_length_of_the_expected_update_only():
+    """The README's three lines, as numbers: one factor for all kinds of prompts; with the std, or
+    with batches of one kind, another factor for each."""
+    true = extras_alpha.P * (1 - extras_alpha.P)
+
+    def spread(mean):
+        return np.ptp(mean / true) / (mean / true).mean()
+
+    for beta_th in (0.0, 0.6):
+        assert spread(extras_alpha.update(extras_alpha.P, 16, beta_th=beta_th)["mean"]) < 1e-12
+    assert spread(extras_alpha.update(extras_alpha.P, 16, "std")["mean"]) > 0.2
+    assert spread(extras_alpha.update_of_sorted_batches(extras_alpha.P, 16, True)) > 1
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_alpha_trains_as_torch_does(optimizer, monkeypatch):
+    """One learning rate and one seed of twenty, step by step with torch.optim."""
+    monkeypatch.setattr(extras_alpha, "SEEDS", 3)
+    prompts = extras_alpha.Prompts(2, "rising")  # two prompts: all of them are dead in many steps
+    ours, alphas = extras_alpha.train(prompts, optimizer)
+    rate, seed = 5, 1
+    w = torch.zeros(extras_alpha.FEATURES, dtype=torch.float64, requires_grad=True)
+    kind = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[optimizer]
+    optimizer = kind([w], lr=extras_alpha.RATES[optimizer][rate], weight_decay=0)
+    for step in range(extras_alpha.STEPS):
+        x, b, u, dead = (torch.tensor(getattr(prompts, name)[step, seed])
+                         for name in ("x", "b", "u", "dead"))  # fmt: skip
+        logits = x @ w + b
+        rewards = ((u < logits.detach().sigmoid()[:, None]) & ~dead[:, None]).double()  # [B, G]
+        alpha = gpg.gradient_scale(rewards)
+        assert alphas[step, rate, seed] == alpha or (
+            np.isnan(alphas[step, rate, seed]) and not alpha
+        )
+        if alpha:
+            logprobs = F.logsigmoid(logits[:, None] * (2 * rewards - 1)).view(-1, 1)
+            advantages = gpg.group_advantages(rewards).flatten()
+            optimizer.zero_grad()
+            gpg.gpg_loss(logprobs, advantages, torch.ones(len(logprobs), 1), alpha).backward()
+            optimizer.step()
+    assert np.isnan(alphas).any()
+    test = torch.tensor(prompts.test_x) @ w + torch.tensor(prompts.test_b)
+    assert ours[rate, seed] == pytest.approx(test.sigmoid().mean().item(), rel=1e-6)
+
+
+def test_alpha_chooses_rates_on_other_seeds():
+    """By hand: two rates. The second is better on the seeds that choose and worse on the others."""
+    values = np.repeat([[0.2], [0.5]], extras_alpha.SEEDS, 1)
+    values[1, 10:] = np.linspace(0.05, 0.15, 10)
+    ends = dict.fromkeys(extras_alpha.ARMS, values) | {"alpha": values + 0.1}
+    row = extras_alpha.training_row(ends)
+    assert row[0] == "0.100 ± 0.011" and row[1] == "0.200 ± 0.011"
+    assert row[4] == row[5] == "+0.100 ± 0.000"
+
+
+def test_alpha_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extras_alpha, "STEPS", 2)
+    extras_alpha.main(["--out", str(tmp_path / "alpha.png")])
+    assert (tmp_path / "alpha.png").stat().st_size > 20_000
+    tables = capsys.readouterr().out.split("\n\n")
+    assert [text.count("\n|") for text in tables] == [0, 9, 7, 0, 13, 0]
 
 
 def test_sweep(tmp_path, monkeypatch, capsys, model_dirs):

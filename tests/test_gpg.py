@@ -7,6 +7,7 @@ from test_train import ManyAs, Stage, run_script
 import common
 import copg
 import gpg
+import grpo
 from gpg import choose_groups, gpg_loss, gradient_scale, group_advantages, is_valid
 
 REWARDS = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).double()
@@ -279,6 +280,15 @@ def test_threshold(stage, flags, rounds, alpha):
     _, rows, _ = stage.train(gpg, *SMALL, *flags, "--prompts", 4, "--steps", 1)
     assert rows[1]["rounds"] == rounds and rows[1]["alpha"] == pytest.approx(alpha, rel=1e-5)
     assert rows[1]["valid_share"] == 0.25
+
+
+@pytest.mark.parametrize("script, flags", [(gpg, ["--beta-th", 0]), (grpo, ["--kl-beta", 0])])
+def test_shares_of_right_and_wrong_groups(stage, script, flags):
+    """Figure 2 of the paper. The rewards of a dead group are -1, 0, 1, 2 or 3."""
+    stage.plan = [[0, 0, 1, 0, 0, 0, 0, 0]]
+    _, rows, _ = stage.train(script, *SMALL, *flags, "--prompts", 8, "--steps", 1)
+    shares = [rows[1][column] for column in ("valid_share", "all_right", "all_wrong")]
+    assert shares == [1 / 8, 3 / 8, 4 / 8]
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-alpha"]])

@@ -120,7 +120,7 @@ class Stage:
         N, T = len(prompts) * group_size, max_new_tokens - 1  # no row is as long as it may be
         valid = self.plan.pop(0) if self.plan else [True] * len(prompts)
         rewards = torch.randn(len(prompts), group_size)
-        rewards[~torch.tensor(valid).bool()] = 0.1
+        rewards[~torch.tensor(valid).bool()] = -1
         call = {
             "prompts": prompts,
             "group_size": group_size,
