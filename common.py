@@ -436,7 +436,7 @@ def evaluate(model, tokenizer, task: gymnasium.Env, args) -> dict[str, float]:
 
     def solve(k: int, temperature: float) -> Tensor:  # [n, k]
         parts = []
-        for problems in held_out(task, args.eval_problems):
+        for problems in held_out(task, args.eval_problems, args.eval_first):
             prompts = get_prompts(task, problems)
             rollout = sample(model, tokenizer, prompts, k, args.max_new_tokens, temperature)
             parts.append(get_rewards(task, problems, rollout.texts)[1])
@@ -491,6 +491,8 @@ def add_run_flags(parser: Parser, eval_samples: int = 4) -> None:
     add("--save-every", type=count, help="steps between checkpoints")
     add("--eval-every", type=count, help="steps between evaluations")
     add("--eval-problems", type=count, default=200, help="held-out problems (default: 200)")
+    add("--eval-first", type=number(int, 0), default=0, help="number of the first, to choose flags "
+        "on some problems and report on others (default: 0)")  # fmt: skip
     add("--eval-samples", type=count, default=k, help=f"completions of each (default: {k})")
     add("--device", default=device, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of data and sampling (default: 0)")

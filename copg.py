@@ -39,6 +39,7 @@ import common
 from common import Rollout, UserError, count, number, positive
 from tasks import Posts, TextTask
 from tasks.jsonl import json_lines, shuffled
+from tasks.posts import PREFERENCES
 from tasks.tiny import cached_model, fit, tiny_model
 
 # --------------------------------------------------------------------------------------------------
@@ -60,7 +61,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model, reward and data").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
-    add("--reward-model", help="sequence classifier with one label (default: the task's reward)")
+    add("--reward-model", help="sequence classifier with one label, or task: the task's own reward "
+        "(default: task; posts: a learned one)")  # fmt: skip
     add("--task", help="posts, add, gsm8k, file.jsonl, module:Name-v0 (default: posts)")
     add("--data", help="file.jsonl of scored completions or preferences")
     add("--no-chat-template", action="store_true", help="give the model the bare prompt")
@@ -106,6 +108,7 @@ def defaults(args: argparse.Namespace) -> dict:
         raise UserError("--epochs and --steps: give one of them")
     tiny = args.model == "tiny"
     flags = (TINY if tiny else REAL) | {"beta": (TINY_BETA if tiny else BETA)[args.loss]}
+    flags["reward_model"] = None if task == "posts" else "task"  # None: one that is learned
     return flags | {"task": task, "pairs": 6400, "completions": 2, "epochs": 2}
 
 
@@ -171,8 +174,9 @@ def train(args: argparse.Namespace) -> common.Run:
         args.grad_checkpointing,
     )  # fmt: skip
     ref_model = common.load_model(args.model, args.device, task)[0].requires_grad_(False)
-    reward_model = args.reward_model or (learned_reward_model() if args.task == "posts" else None)
-    reward_model = reward_model and load_reward_model(reward_model, args.device)
+    reward_model = None
+    if args.reward_model != "task":
+        reward_model = load_reward_model(args.reward_model or learned_reward_model(), args.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     torch.manual_seed(args.seed)
 
@@ -273,7 +277,7 @@ def evaluate(model, ref_model, tokenizer, reward_model, task, args) -> tuple[dic
     parts, samples = {"reward": [], "utility": [], "kl": [], "length": []}, []
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
-        for problems in common.held_out(task, args.eval_problems):  # p of them
+        for problems in common.held_out(task, args.eval_problems, args.eval_first):
             prompts, k = common.get_prompts(task, problems), args.eval_samples
             rollout = common.sample(model, tokenizer, prompts, k, args.max_new_tokens)  # p * k rows
             ref = common.frozen_logprobs(ref_model, rollout, args.micro_batch_tokens)  # [p * k, T]
@@ -379,10 +383,13 @@ def finite(x: float) -> bool:
 
 
 def collect_data(model, tokenizer, task, args) -> Data:
-    """The two summaries of every preference, unscored; or, for other tasks, K completions of each
-    prompt, sampled from the model as it is and scored by the task."""
+    """The two summaries of every preference; or, for other tasks, K completions of each prompt,
+    sampled from the model as it is. The task scores them."""
     if args.task == "posts":
-        return Data(*zip(*map(task.unwrapped.preference, range(args.pairs)), strict=True))
+        data = Data(*zip(*map(task.unwrapped.preference, range(args.pairs)), strict=True))
+        problems = range(PREFERENCES, PREFERENCES + args.pairs)
+        data.rewards = common.get_rewards(task, problems, data.rows()[1])[0]
+        return data
     data, rewards, K = Data([], []), [], args.completions
     for i in tqdm(range(0, args.pairs, 64), desc="sampling data"):
         problems = list(range(i, min(i + 64, args.pairs)))

@@ -3,8 +3,8 @@
 Three tables: the methods with B = 16 and with B = 64 prompts per step (tables 1, 9 and 15 of the
 GPG paper), and the group size with 128 completions per step (its table 11). All methods that sample
 again have the same cap on the rounds of a step. The learning rate of each is chosen by its accuracy
-after equal numbers of completions, with a seed that is not reported: from a grid that widens until
-the best is inside. Five other seeds are reported.
+after equal numbers of completions, with a seed and on problems that are not reported: from a grid that
+widens until the best is inside. Five other seeds are reported.
 
 The learning rate is constant, so that a run's curve may be read at any point: after equal numbers
 of sampled completions, after equal times (sampling and updates only), and after equal steps. Runs
@@ -83,6 +83,8 @@ def run(method: Method, B: int, G: int, rate: str, seed: int, steps: int, args) 
             f"{method.command} --task {args.task} --prompts {B} --group-size {G}".split()
         )
         flags += f"--lr {rate} --steps {steps} --schedule constant --seed {seed}".split()
+        if seed == SELECTION_SEED:  # its problems are not reported either
+            flags += ["--eval-first", "200"]
         flags += where(out)
         tqdm.write(" ".join(["python", script, *flags]))
         result = subprocess.run(

@@ -84,10 +84,13 @@ def get_rewards(
     return torch.tensor(rewards).view(-1, G), torch.tensor(solved).view(-1, G)
 
 
-def held_out(task: gymnasium.Env, count: int) -> list[list[int]]:
-    """The problems of an evaluation, `count` or as many as there are, in batches of 64."""
-    end = min(count, getattr(task.unwrapped, "size", None) or count)
-    return [list(range(i, min(i + 64, end))) for i in range(0, end, 64)]
+def held_out(task: gymnasium.Env, count: int, first: int = 0) -> list[list[int]]:
+    """The problems of an evaluation, `count` from `first` on or as many as there are, in batches of
+    64. Raises UserError if there are none."""
+    end = min(first + count, getattr(task.unwrapped, "size", None) or first + count)
+    if first >= end:
+        raise UserError(f"--eval-first {first}: there are only {end} held-out problems")
+    return [list(range(i, min(i + 64, end))) for i in range(first, end, 64)]
 
 
 @contextlib.contextmanager

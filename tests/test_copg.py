@@ -16,6 +16,7 @@ import common
 import copg
 from copg import bradley_terry_loss, copg_loss, dpo_loss, ipo_loss, policy_loss
 from tasks import Posts, UserError, tiny
+from tasks.posts import PREFERENCES
 from tasks.tiny import tiny_tokenizer
 
 # ---- the losses ----
@@ -238,7 +239,7 @@ def stage(monkeypatch, tmp_path):
 
     def evaluate(model, ref_model, tokenizer, reward_model, task, args):
         assert (model, ref_model) == tuple(stage.models)
-        judged = args.reward_model or args.task == "posts"
+        judged = args.reward_model != "task" or args.task == "posts"
         assert reward_model == (("judge", "its tokenizer") if judged else None)
         stage.evaluations.append((model, tokenizer, task.split, args))
         stage.test_task = task
@@ -363,7 +364,7 @@ def test_everything_that_train_hands_on_offline(stage, tmp_path, K, flags):
     for i, record in enumerate(records):
         completions = [record["chosen"], record["rejected"]] if choices else record["completions"]
         rewards = [0.25, -0.25] if choices else record["rewards"]
-        if args.reward_model:
+        if args.reward_model != "task":
             rewards = [judged(record["prompt"], text) for text in completions]
         if i % 10:
             groups.append(given(stage, record["prompt"], completions, rewards))
@@ -445,15 +446,26 @@ def test_a_resumed_run_keeps_its_data_order_and_reference(stage, tmp_path):
 
 
 def test_posts_are_compared_as_preferred(stage, monkeypatch):
-    """The preferred completion comes first; the rewards are the learned reward model's."""
+    """The preferred completion comes first; the rewards are the learned reward model's, or, with
+    --reward-model task, the hidden utility."""
     monkeypatch.setattr(common, "make_task", lambda name, split="train": Posts(split))
     monkeypatch.setattr(copg, "learned_reward_model", lambda: "rm")
-    run, _, _ = stage.train(copg, *FLAGS, "--pairs", 9, "--prompts", 4, "--steps", 1)
+    flags = [*FLAGS, "--pairs", 9, "--prompts", 4, "--steps", 1]
+    run, _, _ = stage.train(copg, *flags)
     data = copg.read_data(run.dir / "data.jsonl")
     pairs = list(zip(data.prompts, data.completions, strict=True))
     assert pairs == [Posts().preference(i) for i in range(9)]
     rewards = torch.tensor([[judged(prompt, text) for text in texts] for prompt, texts in pairs])
     assert torch.equal(data.rewards, rewards)
+    stage.patch.setattr(copg, "evaluate", lambda *args: ({"reward": 0.0}, []))
+    stage.out = f"{stage.out}-2"
+    run, _, _ = stage.train(copg, *flags, "--reward-model", "task")
+    data, posts = copg.read_data(run.dir / "data.jsonl"), Posts()
+    for i, (_, texts) in enumerate(pairs):
+        answer = posts.problem(PREFERENCES + i)[1]
+        utilities = [posts.reward(text, answer) for text in texts]
+        assert data.rewards[i].tolist() == pytest.approx(utilities, abs=1e-6)
+    assert (data.rewards[:, 0] > data.rewards[:, 1]).double().mean() > 0.5  # the preferred one
 
 
 # ---- evaluation ----
@@ -465,13 +477,14 @@ def test_evaluate(monkeypatch, tmp_path, judge, task):
     stage = Stage(monkeypatch, tmp_path)
     monkeypatch.setattr(copg, "frozen_scores", frozen_scores)
     args = copg.parse_args(["--model", "m", "--eval-samples", "2", "--eval-problems", "130"])
+    args.eval_first = 30
     args.max_new_tokens = 6
     policy, ref = stage.load_model()[0], stage.load_model()[0]
     state = torch.get_rng_state()
     figures, samples = copg.evaluate(policy, ref, stage.tokenizer, judge, task, args)
     assert torch.equal(torch.get_rng_state(), state)
-    n = 99 if isinstance(task, copg.Prompts) else 130
-    batches = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)]
+    end = 99 if isinstance(task, copg.Prompts) else 160
+    batches = [list(range(i, min(i + 64, end))) for i in range(30, end, 64)]
     assert [c["prompts"] for c in stage.samples] == [[f"test {i}" for i in b] for b in batches]
     for call in stage.samples:
         assert (call["group_size"], call["T"], call["temperature"], call["seed"]) == (2, 6, 1.0, 0)
@@ -480,7 +493,7 @@ def test_evaluate(monkeypatch, tmp_path, judge, task):
     expected, shown = {"reward": [], "utility": [], "kl": [], "length": []}, []
     for call in stage.samples:
         for prompt, group in zip(call["prompts"], call["groups"], strict=True):
-            of_task = [] if n == 99 else [row.reward for row in group]
+            of_task = [] if end == 99 else [row.reward for row in group]
             values = {
                 "reward": [judged(prompt, row.text) for row in group] if judge else of_task,
                 "utility": of_task if judge else [],
@@ -496,7 +509,7 @@ def test_evaluate(monkeypatch, tmp_path, judge, task):
     for name, numbers in expected.items():
         if numbers:
             assert figures.pop(name) == pytest.approx(mean(numbers), rel=1e-4)
-            error = stdev(numbers) / math.sqrt(n)  # over prompts
+            error = stdev(numbers) / math.sqrt(end - 30)  # over prompts
             assert figures.pop(f"{name}_stderr") == pytest.approx(error, rel=1e-4)
     assert not figures
     torch.manual_seed(5)

@@ -125,6 +125,7 @@ def test_compare_runs_what_is_missing(tmp_path, monkeypatch, capsys):
     assert [Path(command[-1]).name for command in commands] == [*chosen, half.name]
     assert commands[-1][-2:] == ["--resume", str(half)] and commands[0][-2] == "--out"
     assert " --max-rounds 8 " in " ".join(commands[5]) and "--seed 100" in " ".join(commands[5])
+    assert "--eval-first" in commands[0] and "--eval-first" not in commands[-1]
     assert "--prompts 16 --group-size 8 --lr 1e-3 --steps 4" in " ".join(commands[-1])
     printed = capsys.readouterr().out
     assert (

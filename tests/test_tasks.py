@@ -384,8 +384,12 @@ def test_gsm8k(gsm8k_files):
     assert [test.problem(i)[1] for i in range(5)] == ["1", "2", "3", "4", "5"]
     assert get_rewards(wrapped, [5], [rf"\boxed{{{answer}}}", "no"])[0].tolist() == [[1, 0]]
     assert held_out(make_task("gsm8k", "test"), 200) == [[0, 1, 2, 3, 4]]
+    assert held_out(make_task("gsm8k", "test"), 200, 3) == [[3, 4]]
+    with pytest.raises(UserError, match="--eval-first 5: there are only 5 held-out problems"):
+        held_out(make_task("gsm8k", "test"), 200, 5)
     batches = held_out(make_task("add", "test"), 130)
     assert batches == [list(range(64)), list(range(64, 128)), [128, 129]]
+    assert held_out(make_task("add", "test"), 66, 5) == [list(range(5, 69)), [69, 70]]
 
 
 def test_gsm8k_is_downloaded_once(tmp_path, monkeypatch):

@@ -281,11 +281,13 @@ def test_evaluate(monkeypatch, size, n):
     monkeypatch.setattr(common, "sample", sample)
     task, args = Judged("test"), gpg.parse_args(["--model", "m", "--temperature", "0.7"])
     task.size, args.eval_problems, args.eval_samples, args.max_new_tokens = size, 130, 3, 9
+    args.eval_first = first = 0 if size else 7
     state = torch.get_rng_state()
     figures = common.evaluate("model", "tokenizer", task, args)
     assert torch.equal(torch.get_rng_state(), state)
 
-    batches = [list(range(i, min(i + 64, n))) for i in range(0, n, 64)]
+    end = first + n
+    batches = [list(range(i, min(i + 64, end))) for i in range(first, end, 64)]
     prompts = [[f"test {i}" for i in batch] for batch in batches]
     expected = [("model", "tokenizer", p, k, 9, t) for k, t in ((3, 0.7), (1, 0)) for p in prompts]
     assert [call[:-1] for call in calls] == expected
