@@ -3,8 +3,8 @@
 Three tables: the methods with B = 16 and with B = 64 prompts per step (tables 1, 9 and 15 of the
 GPG paper), and the group size with 128 completions per step (its table 11). All methods that sample
 again have the same cap on the rounds of a step. The learning rate of each is chosen by its accuracy
-after equal numbers of completions, with a seed and on problems that are not reported: from a grid that
-widens until the best is inside. Five other seeds are reported.
+after equal numbers of completions, from a grid that widens until the best is inside, with a seed
+and on problems that are not reported. Five other seeds are.
 
 The learning rate is constant, so that a run's curve may be read at any point: after equal numbers
 of sampled completions, after equal times (sampling and updates only), and after equal steps. Runs

@@ -1,9 +1,14 @@
-"""CoPG, IPO and DPO over the paper's betas: `python extras/sweep.py --eval-every 40`.
+"""CoPG, IPO and DPO over the paper's betas: `python extras/sweep.py --eval-every 20`.
 
-Runs copg.py with every beta of every loss, in OUT/<loss>-<beta>-<seed>, then the best beta of each
-with two more seeds, and writes sweep.csv and sweep.png: reward against beta (the paper's figure 5),
-along training (figure 6), and against the KL; and the hidden utility against the KL. A finished run
-is not run again, an interrupted one is continued. All flags but --out are copg.py's own.
+Runs copg.py with every beta of the paper's grids (section 6), and beyond while the best is an edge.
+The beta of each loss is chosen by the reward at the end, with a seed and on posts that are not
+reported; then three other seeds run with it and are evaluated on other posts. Writes sweep.csv and
+sweep.png: reward along training for each beta (the paper's figures 2 to 4), reward against beta
+(figure 5), the best betas along training (figure 6), and reward and hidden utility against the KL.
+
+Runs are in OUT/<loss>-<beta>-<seed>: a finished one is not run again, an interrupted one is
+continued. All flags but --out and --losses are copg.py's own; `--reward-model task` sweeps on the
+hidden utility, a reward that is not learnt from preferences.
 """
 
 import argparse
@@ -13,96 +18,127 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from read_runs import finished, read_metrics, where
+from read_runs import climb, finished, read_metrics, where
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import copg
 
-GRID = {  # section 6 of the paper, before 6.1
-    "copg": [0.01, 0.03, 0.06, 0.1, 0.3, 1.0],
-    "ipo": [0.003, 0.01, 0.03, 0.06, 0.1, 0.3],
-    "dpo": [0.01, 0.03, 0.06, 0.1, 0.3, 1.0],
-}
-SEEDS = 3  # of the best beta of each loss
+BETAS = [0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.3, 1.0, 3.0, 10.0]
+PAPER = {"copg": range(2, 8), "ipo": range(1, 7), "dpo": range(2, 8)}  # which of them it tries
+SELECTION_SEED, SEEDS = 100, (0, 1, 2)
 END = "eval_reward", "eval_utility", "eval_kl", "eval_length"  # what the table shows
 
 
 def run(directory: Path, flags: list[str]) -> dict[str, np.ndarray]:
-    """Bring one run to its last step -> {column: a value at each evaluation}."""
+    """Bring one run to its last step -> {column: a value at each evaluation}, the last row NaN if
+    its gradient became NaN or infinite."""
     args = copg.parse_args([*flags, *where(directory)])  # also: are these the flags it began with?
     n = len(copg.read_data(args.data).split()[0].prompts) if args.data else args.pairs
+    diverged = False
     if not finished(directory, args.steps or math.ceil(args.epochs * n / args.prompts)):
         print(f"\n{directory}", flush=True)
-        if copg.train(args).stopping:
-            raise KeyboardInterrupt("stopped; the same command continues")
+        try:
+            if copg.train(args).stopping:
+                raise KeyboardInterrupt("stopped; the same command continues")
+        except RuntimeError as error:
+            diverged = "non-finite" in str(error)
+            if not diverged:
+                raise
     metrics = read_metrics(directory)
-    evaluated = ~np.isnan(metrics["eval_kl"])
-    return {k: v[evaluated] for k, v in metrics.items() if k == "step" or k.startswith("eval_")}
+    rows = ~np.isnan(metrics["eval_kl"])
+    curve = {k: metrics.get(k, np.full(len(rows), np.nan))[rows] for k in ("step", *END)}
+    if diverged:
+        curve = {name: np.append(values, np.nan) for name, values in curve.items()}
+    return curve
 
 
-def sweep(out: Path, flags: list[str]) -> None:
-    """Every loss with every beta, then the best of each with more seeds. Raises UserError."""
-    curves: dict[tuple[str, float], list[dict]] = {}  # by loss and beta, one of each seed
-    best = {}  # {loss: beta}
-    seed0 = copg.parse_args(flags).seed
-    for loss, betas in GRID.items():
+def sweep(out: Path, losses: list[str], flags: list[str]) -> None:
+    """All betas of each loss with one seed, then the best with others. Raises UserError."""
+    tried: dict[str, dict[float, dict]] = {loss: {} for loss in losses}  # with SELECTION_SEED
+    best: dict[str, tuple[float, list[dict]]] = {}  # beta, a curve per seed
 
-        def reward(beta: float, seed: int = seed0, loss: str = loss) -> float:
-            own = ["--loss", loss, "--beta", str(beta), "--seed", str(seed)]
-            curve = run(out / f"{loss}-{beta}-{seed}", [*flags, *own])
-            if np.isnan(curve["eval_reward"][-1]):
+    def curve_of(loss: str, beta: float, seed: int) -> dict:
+        own = ["--loss", loss, "--beta", str(beta), "--seed", str(seed)]
+        if seed == SELECTION_SEED:
+            own += ["--eval-first", "200"]
+        return run(out / f"{loss}-{beta}-{seed}", [*flags, *own])
+
+    for loss in losses:
+
+        def reward(beta: float, loss: str = loss) -> float:
+            tried[loss][beta] = curve_of(loss, beta, SELECTION_SEED)
+            if np.isnan(tried[loss][beta]["eval_reward"][0]):
                 raise common.UserError("the evaluation has no reward; add --reward-model")
-            curves.setdefault((loss, beta), []).append(curve)
-            return curve["eval_reward"][-1]
+            return tried[loss][beta]["eval_reward"][-1]
 
-        best[loss] = max(betas, key=reward)
-        for seed in range(seed0 + 1, seed0 + SEEDS):
-            reward(best[loss], seed)
+        beta = climb(BETAS, PAPER[loss], reward)
+        best[loss] = beta, [curve_of(loss, beta, seed) for seed in SEEDS]
     with (out / "sweep.csv").open("w", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["loss", "beta", "seed", *curves[loss, best[loss]][0]])
-        for key, seeds in curves.items():
-            for seed, curve in enumerate(seeds, seed0):
-                writer.writerows([*key, seed, *row] for row in zip(*curve.values(), strict=True))
-    draw(curves, best, out / "sweep.png")
-    print("\n| loss | beta | seeds | reward | utility | KL | length |\n|" + "---|" * 7)
-    for (loss, beta), seeds in curves.items():
-        ends = np.array([[curve[name][-1] for name in END] for curve in seeds])  # [seeds, 4]
-        cells = [f"{mean:.3f}" for mean in ends.mean(0)]
-        if len(seeds) > 1:
-            errors = ends.std(0, ddof=1) / len(seeds) ** 0.5
-            cells = [f"{cell} ± {error:.3f}" for cell, error in zip(cells, errors, strict=True)]
-        print(f"| {loss} | {beta} | {len(seeds)} | {' | '.join(cells)} |")
-    print(f"\nlook at {out}: sweep.csv, sweep.png")
+        writer.writerow(["loss", "beta", "seed", "step", *END])
+        for loss, (beta, curves) in best.items():
+            runs = [(b, SELECTION_SEED, tried[loss][b]) for b in sorted(tried[loss])]
+            for b, seed, curve in runs + [(beta, *x) for x in zip(SEEDS, curves, strict=True)]:
+                writer.writerows([loss, b, seed, *r] for r in zip(*curve.values(), strict=True))
+    draw(tried, best, out / "sweep.png")
+    print(f"\n{table(tried, best)}\n\nlook at {out}: sweep.csv, sweep.png")
 
 
-def draw(curves: dict, best: dict, out: Path) -> None:
-    """sweep.png. curves: {(loss, beta): [{column: values} of each seed]}."""
+def table(tried: dict, best: dict) -> str:
+    """The last evaluation of every beta, and of the best ones with their seeds, as Markdown."""
+    lines = ["| loss | beta | seeds | reward | utility | KL | length |", "|---" * 7 + "|"]
+    for loss in best:
+        for beta in sorted(tried[loss]):
+            cells = [f"{tried[loss][beta][name][-1]:.3f}" for name in END]
+            lines.append(f"| {loss} | {beta} | chooses | {' | '.join(cells)} |")
+    for loss, (beta, curves) in best.items():
+        ends = np.array([[curve[name][-1] for name in END] for curve in curves])  # [seeds, 4]
+        errors = ends.std(0, ddof=1) / len(curves) ** 0.5
+        cells = [f"{m:.3f} ± {e:.3f}" for m, e in zip(ends.mean(0), errors, strict=True)]
+        lines.append(f"| {loss} | **{beta}** | {len(curves)} others | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(tried: dict, best: dict, out: Path) -> None:
+    """sweep.png. tried: {loss: {beta: curve}}, best: {loss: (beta, [curve of each seed])}."""
     import matplotlib.pyplot as plt  # slow to import
 
     plt.switch_backend("Agg")
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
-    for loss, color in zip(GRID, ["C0", "C1", "C2"], strict=True):
-        first = [curves[loss, beta][0] for beta in GRID[loss]]  # the first seed of every beta
-        ends = {name: [curve[name][-1] for curve in first] for name in END}
-        style = {"color": color, "marker": "o", "label": loss}
-        axes[0, 0].plot(GRID[loss], ends["eval_reward"], **style)
-        seeds = curves[loss, best[loss]]
-        steps, rewards = seeds[0]["step"], np.array([curve["eval_reward"] for curve in seeds])
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
+    for axis, (loss, curves) in zip(axes[0], tried.items(), strict=False):
+        for i, beta in enumerate(sorted(curves)):
+            style = {
+                "color": plt.cm.viridis(0.9 * i / len(curves)),
+                "lw": 2.5 if beta == best[loss][0] else 1,
+            }
+            axis.plot(curves[beta]["step"], curves[beta]["eval_reward"], **style, label=f"{beta:g}")
+        axis.set(xlabel="step", ylabel="reward", title=f"{loss}, by beta; the best is thick")
+    figure_5, figure_6, reward_kl, utility_kl = axes[1]
+    for number, (loss, curves) in enumerate(tried.items()):
+        style = {"color": f"C{number}", "marker": "o", "label": loss}
+        betas = sorted(curves)
+        ends = {name: [curves[beta][name][-1] for beta in betas] for name in END}
+        figure_5.plot(betas, ends["eval_reward"], **style)
+        reward_kl.plot(ends["eval_kl"], ends["eval_reward"], **style)
+        utility_kl.plot(ends["eval_kl"], ends["eval_utility"], **style)
+        beta, seeds = best[loss]
+        n = min(len(curve["step"]) for curve in seeds)  # one that diverged is shorter
+        steps, rewards = seeds[0]["step"][:n], np.array([x["eval_reward"][:n] for x in seeds])
         mean, error = rewards.mean(0), rewards.std(0, ddof=1) / len(seeds) ** 0.5
-        axes[0, 1].plot(steps, mean, color=color, label=f"{loss}, beta = {best[loss]}")
-        axes[0, 1].fill_between(steps, mean - error, mean + error, color=color, alpha=0.3)
-        axes[1, 0].plot(ends["eval_kl"], ends["eval_reward"], **style)
-        axes[1, 1].plot(ends["eval_kl"], ends["eval_utility"], **style)
-    axes[0, 0].set(xscale="log", xlabel="beta", ylabel="reward at the end")
-    axes[0, 1].set(xlabel="step", ylabel=f"reward, {SEEDS} seeds with standard errors")
-    axes[1, 0].set(xscale="symlog", xlabel="KL(pi || pi_ref) at the end", ylabel="reward")
-    axes[1, 1].set(xscale="symlog", xlabel="KL(pi || pi_ref) at the end", ylabel="hidden utility")
+        figure_6.plot(steps, mean, color=f"C{number}", label=f"{loss}, beta = {beta:g}")
+        figure_6.fill_between(steps, mean - error, mean + error, color=f"C{number}", alpha=0.3)
+    figure_5.set(xscale="log", xlabel="beta", ylabel="reward at the end")
+    figure_6.set(xlabel="step", ylabel="reward", title=f"the best, {len(SEEDS)} other seeds")
+    reward_kl.set(xscale="symlog", xlabel="KL(pi || pi_ref) at the end", ylabel="reward")
+    utility_kl.set(xscale="symlog", xlabel="KL(pi || pi_ref) at the end", ylabel="hidden utility")
     for axis in axes.flat:
-        axis.legend(fontsize=8)
-    figure.savefig(out, dpi=100)
+        if axis.lines:
+            axis.legend(fontsize=8)
+        else:
+            axis.set_axis_off()
+    figure.savefig(out, dpi=80)
     plt.close(figure)
 
 
@@ -110,11 +146,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.Parser("sweep.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
+    parser.add_argument(
+        "--losses", nargs="+", choices=PAPER, default=list(PAPER), help="(default: all)"
+    )
     args, flags = parser.parse_known_args(argv)
-    for flag in "--loss", "--beta", "--resume":
+    for flag in "--loss", "--beta", "--seed", "--eval-first", "--resume":
         if any(word.split("=")[0] == flag for word in flags):
             raise common.UserError(f"{flag}: the sweep sets it itself; leave it out")
-    sweep(args.out, flags)
+    sweep(args.out, args.losses, flags)
 
 
 if __name__ == "__main__":

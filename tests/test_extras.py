@@ -267,39 +267,54 @@ def test_alpha_figure(tmp_path, monkeypatch, capsys):
 
 
 def test_sweep(tmp_path, monkeypatch, capsys, model_dirs):
-    """Real runs of two steps, of which the evaluation says reward = beta + seed / 100."""
-    monkeypatch.setattr(sweep, "GRID", {"copg": [1.0, 0.1], "ipo": [0.1], "dpo": [0.3]})
-    monkeypatch.setattr(sweep, "SEEDS", 2)
+    """Real runs of two steps, of which the evaluation says 1 - |log10 beta| + seed / 100: the grid
+    of CoPG has to widen upwards, that of IPO downwards, and DPO diverges at its smallest beta."""
+    monkeypatch.setattr(sweep, "BETAS", [0.1, 1.0, 10.0])
+    monkeypatch.setattr(sweep, "PAPER", {"copg": range(1), "ipo": range(2, 3), "dpo": range(3)})
+    monkeypatch.setattr(sweep, "SEEDS", (0, 1))
 
     def evaluate(model, ref_model, tokenizer, reward_model, task, args):
+        assert args.eval_first == (200 if args.seed == 100 else 0)
         names = "reward", "utility", "kl", "length"
-        return {name: args.beta + args.seed / 100 for name in names}, []
+        value = float(1 - abs(np.log10(args.beta)) + args.seed / 100)
+        return dict.fromkeys(names, value), []
 
-    resumed, train = [], copg.train
+    started, train = [], copg.train
 
     def watched(args):
-        resumed.append(args.resume)
-        return train(args)
+        started.append((args.loss, args.beta, args.seed, args.resume))
+        run = train(args)
+        if (args.loss, args.beta) == ("dpo", 0.1):
+            raise RuntimeError("the total norm is non-finite")
+        return run
 
     monkeypatch.setattr(common, "draw_curves", lambda directory: None)  # slow
     monkeypatch.setattr(copg, "evaluate", evaluate)
     monkeypatch.setattr(copg, "train", watched)
     flags = ["--model", str(model_dirs["qwen2"]), "--task", "add", "--pairs", "8", "--prompts", "4"]
     flags += ["--max-new-tokens", "3", "--eval-every", "1"]
-    out, half = tmp_path / "sweep", tmp_path / "sweep" / "ipo-0.1-0"
-    own = ["--loss", "ipo", "--beta", "0.1", "--seed", "0", "--out", str(half)]
-    train(copg.parse_args([*flags, *own, "--steps", "1"]))
+    out, half = tmp_path / "sweep", tmp_path / "sweep" / "ipo-10.0-100"
+    own = ["--loss", "ipo", "--beta", "10", "--seed", "100", "--eval-first", "200"]
+    train(copg.parse_args([*flags, *own, "--out", str(half), "--steps", "1"]))
     flags += ["--steps", "2", "--out", str(out)]
     sweep.main(flags)
-    assert resumed == [None] * 3 + [str(half)] + [None] * 3
+    seeds = [(1.0, 0, None), (1.0, 1, None)]
+    copg_runs = [(0.1, 100, None), (1.0, 100, None), (10.0, 100, None), *seeds]
+    ipo_runs = [(10.0, 100, str(half)), (1.0, 100, None), (0.1, 100, None), *seeds]
+    expected = [("copg", *x) for x in copg_runs] + [("ipo", *x) for x in ipo_runs]
+    assert started == expected + [("dpo", *x) for x in copg_runs]
     lines = (out / "sweep.csv").read_text().splitlines()
-    assert lines[0].startswith("loss,beta,seed,step,eval_reward,") and len(lines) == 1 + 7 * 3
-    assert lines[4].startswith("copg,1.0,1,0,1.01,") and (out / "sweep.png").exists()
+    assert lines[0] == "loss,beta,seed,step,eval_reward,eval_utility,eval_kl,eval_length"
+    assert len(lines) == 1 + 15 * 3 + 1  # the row of the divergence
+    assert "dpo,0.1,100,nan,nan,nan,nan,nan" in lines and "copg,1.0,1,2,1.01,1.01" in lines[15]
+    assert (out / "sweep.png").stat().st_size > 20_000
     printed = capsys.readouterr().out
-    assert "| copg | 1.0 | 2 | 1.005 ± 0.005 |" in printed  # the best beta, with both seeds
-    assert "| copg | 0.1 | 1 | 0.100 |" in printed and "| ipo | 0.1 | 2 | 0.105 ±" in printed
+    assert "| copg | 10.0 | chooses | 1.000 |" in printed  # 1 - 1 + 1
+    assert "| copg | **1.0** | 2 others | 1.005 ± 0.005 |" in printed
+    assert "| dpo | 0.1 | chooses | nan |" in printed
+    started.clear()
     sweep.main(flags)
-    assert len(resumed) == 7  # nothing is run again
+    assert not started  # nothing is run again
     with pytest.raises(UserError, match=r"--lr 0\.5 contradicts"):
         sweep.main([*flags, "--lr", "0.5"])
     with pytest.raises(UserError, match="--beta: the sweep sets it itself"):
