@@ -126,6 +126,24 @@ def test_connected_pairs_are_enough():
     torch.testing.assert_close(found, optimal_policy(), atol=1e-6, rtol=0)
 
 
+def test_a_restricted_policy_has_another_optimum():
+    """Theorem 1 needs a policy that can be pi*. With one parameter, pi in proportion to
+    exp(theta (1, 0, 1/2)), the data decide, and neither optimum is that of J."""
+    features, grid = tensor((1, 0, 0.5)), torch.linspace(-2, 6, 8001, dtype=torch.float64)
+
+    def best(mu1, mu2):
+        losses = [
+            bandit.expected_loss("copg", theta * features, mu1=mu1, mu2=mu2) for theta in grid[::25]
+        ]
+        a, b, c = np.polyfit(grid[::25].numpy(), torch.stack(losses).numpy(), 2)  # a parabola
+        return -b / (2 * a)
+
+    policies = (grid[:, None] * features).softmax(-1)
+    assert float(grid[objective(policies).argmax()]) == pytest.approx(4.384, abs=2e-3)
+    assert best(UNIFORM, UNIFORM) == pytest.approx(1.0, abs=1e-6)
+    assert best(bandit.MU1, bandit.MU2) == pytest.approx(-0.125, abs=1e-3)
+
+
 # ---- properties 1 to 3, and eq. 7-9 ----
 
 

@@ -647,3 +647,25 @@ def test_a_model_that_another_run_made_meanwhile_is_kept(quick):
     path = Path(tiny.cached_model(["recipe"], make))
     assert (path / "weights").read_text() == "theirs"
     assert list(path.parent.iterdir()) == [path]
+
+
+# ---- sentences with a number of words ----
+
+
+def test_exact_words():
+    """The reward by hand; solved is only what has the exact number and a full stop."""
+    task, test = make_task("words"), make_task("words", "test")
+    for i in range(300):
+        (prompt,), n = get_prompts(task, [i]), int(task.unwrapped.answer)
+        assert f"with exactly {n} words." in prompt and 4 <= n <= 9
+    sentences = ["a b c d e f.", "a b c d e f", "a b c.", "a b c", "a. b", "", "a " * 12 + "."]
+    i = next(i for i in range(99) if "exactly 6" in get_prompts(task, [i])[0])
+    rewards, solved = get_rewards(task, [i], sentences)
+    expected = [1, 0.5, 0.5, 0.25, 1 / 6, 0, 0]
+    assert rewards[0].tolist() == pytest.approx(expected)
+    assert solved[0].tolist() == [True] + [False] * 6
+    topics = [{get_prompts(env, [i])[0].split(" with ")[0] for i in range(2000)}
+              for env in (task, test)]  # fmt: skip
+    assert not topics[0] & topics[1] and (len(topics[0]), len(topics[1])) == (88, 23)
+    assert "Write one short sentence about an apple" in topics[1]  # the articles are right
+    assert "Write one short sentence about a bag" in topics[0]
