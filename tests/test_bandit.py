@@ -135,7 +135,7 @@ def test_a_restricted_policy_has_another_optimum():
         losses = [
             bandit.expected_loss("copg", theta * features, mu1=mu1, mu2=mu2) for theta in grid[::25]
         ]
-        a, b, c = np.polyfit(grid[::25].numpy(), torch.stack(losses).numpy(), 2)  # a parabola
+        a, b, _ = np.polyfit(grid[::25].numpy(), torch.stack(losses).numpy(), 2)  # a parabola
         return -b / (2 * a)
 
     policies = (grid[:, None] * features).softmax(-1)

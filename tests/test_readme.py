@@ -60,6 +60,23 @@ def test_the_equation_tables_quote_the_code(module, paper, function, line):
         assert re.match(PAPERS[module][place], said), f"{place} is {PAPERS[module][place]}"
 
 
+TESTS = re.search(r"\| in the paper \| the test that holds it \|\n\|[-|]+\|\n((?:\|.*\n)+)", TEXT)[
+    1
+]
+PLACE = re.compile(r"(theorem \d|property \d|eq\. (\d+)-(\d+)), ")
+
+
+@pytest.mark.parametrize("row", TESTS.splitlines(), ids=lambda row: row[2:12])
+def test_what_the_paper_proves_has_a_test(row):
+    paper, test = re.fullmatch(r"\| (.*?) \| `(test_\w+)` \|", row).groups()
+    tests = [path.read_text() for path in (ROOT / "tests").glob("test_*.py")]
+    assert sum(f"\ndef {test}(" in text for text in tests) == 1
+    place = PLACE.match(paper)
+    first, last = place[2], place[3]
+    for number in range(int(first), int(last) + 1) if first else [place[1]]:
+        assert re.match(COPG[number], paper[place.end() :]), f"{number} is {COPG[number]}"
+
+
 def test_every_column_is_explained():
     table = TEXT.split("| column | meaning |")[1].split("\n\n")[0]
     cells = " ".join(row.split(" | ")[0] for row in table.split("\n")[2:])
