@@ -568,6 +568,10 @@ class Run:
         if args.resume and old.exists() and not self.checkpoint.exists():
             old.rename(self.checkpoint)  # killed between the two renames of `save`
         self.resumed = bool(args.resume) and self.checkpoint.exists()  # else killed before step 0
+        metrics = self.dir / "metrics.csv"
+        lines = metrics.read_text(encoding="utf-8").count("\n") if metrics.exists() else 0
+        if not self.resumed and lines > 2:  # more than the head and step 0
+            raise UserError(f"{self.checkpoint} is gone; start another run with --out")
         self.weights = str(self.checkpoint) if self.resumed else None
 
     def begin(self, model, tokenizer, optimizer, evaluate: Callable[[], dict]) -> None:
@@ -716,7 +720,7 @@ class Run:
         self.metrics.close()
         self.samples.close()
         self.unlock()
-        draw_curves(self.dir)
+        draw_curves([self.dir], self.dir / "curves.png")
         state, peak = self.state, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak *= 1 if sys.platform == "darwin" else 1024
         if self.model.device.type == "cuda":
@@ -753,25 +757,36 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     return peak * (0.5 + 0.5 * math.cos(math.pi * progress) if schedule == "cosine" else 1.0)
 
 
-def draw_curves(directory: Path) -> None:
-    """curves.png: every column of metrics.csv against the step."""
+def draw_curves(runs: list[Path], path: Path) -> None:
+    """Every column of the runs' metrics.csv against the step."""
     import matplotlib.pyplot as plt  # slow to import
 
     plt.switch_backend("Agg")
-    table = np.atleast_1d(np.genfromtxt(directory / "metrics.csv", delimiter=",", names=True))
-    names = [name for name in table.dtype.names[1:] if not name.endswith("_stderr")]
-    names = [name for name in names if not np.isnan(table[name]).all()]
+    tables = [np.genfromtxt(run / "metrics.csv", delimiter=",", names=True) for run in runs]
+    tables = [np.atleast_1d(table) for table in tables]
+    names = dict.fromkeys(
+        name
+        for table in tables
+        for name in table.dtype.names[1:]
+        if not name.endswith("_stderr") and np.isfinite(table[name]).any()
+    )
     rows = math.ceil(len(names) / 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(12, 2.2 * rows), layout="constrained")
-    for axis in axes.flat:
+    figure, axes = plt.subplots(
+        rows, 4, figsize=(12, 2.2 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
-        there = ~np.isnan(table[name])
-        axis.plot(table["step"][there], table[name][there], ".-" if "eval" in name else "-", lw=1)
-        axis.set_axis_on()
+        for number, (run, table) in enumerate(zip(runs, tables, strict=True)):
+            values = table[name] if name in table.dtype.names else np.full(len(table), np.nan)
+            there, look = np.isfinite(values), ".-" if "eval" in name else "-"
+            style = {"lw": 1, "color": f"C{number}", "label": str(run)}
+            axis.plot(table["step"][there], values[there], look, **style)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=8)
-    figure.savefig(directory / "curves.png", dpi=80)
+    if len(runs) > 1:
+        figure.legend(handles=axes.flat[0].lines, loc="outside upper center")
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 

@@ -385,6 +385,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ("--reward-model task is learned", "copg.py", 'if args.reward_model != "task":', "if True:", "copg"),
     ("all wrong counts as all right", "gpg.py", "all_right=(~valid & (rewards[:, 0] > 0))", "all_right=(~valid & (rewards[:, 0] >= 0))", "gpg"),
     ("GRPO: all wrong counts the valid", "grpo.py", "all_wrong=(~valid & (rewards[:, 0] <= 0))", "all_wrong=(rewards[:, 0] <= 0)", "gpg"),
+    ("a run without its checkpoint starts again", "common.py", "if not self.resumed and lines > 2:", "if False:", "runs"),
     ("words: too many are free", "tasks/words.py", "abs(words - n) / n", "max(0, n - words) / n", "tasks"),
     ("words: nearly solved is solved", "tasks/words.py", '"solved": rest[1] == 1', '"solved": rest[1] > 0.8', "tasks"),
     ("words: test topics in training", "tasks/words.py", "if (i % 5 == 0) == held_out]", "if True]", "tasks"),

@@ -288,7 +288,7 @@ def test_sweep(tmp_path, monkeypatch, capsys, model_dirs):
             raise RuntimeError("the total norm is non-finite")
         return run
 
-    monkeypatch.setattr(common, "draw_curves", lambda directory: None)  # slow
+    monkeypatch.setattr(common, "draw_curves", lambda *_: None)  # slow
     monkeypatch.setattr(copg, "evaluate", evaluate)
     monkeypatch.setattr(copg, "train", watched)
     flags = ["--model", str(model_dirs["qwen2"]), "--task", "add", "--pairs", "8", "--prompts", "4"]

@@ -154,7 +154,7 @@ def one_thread(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the forked processes: results are compared bit for bit
     # Drawing takes longer than such a run; the forked processes do draw.
-    monkeypatch.setattr(common, "draw_curves", lambda out: (out / "curves.png").touch())
+    monkeypatch.setattr(common, "draw_curves", lambda runs, path: path.touch())
     yield
     torch.set_num_threads(threads)
 
@@ -471,7 +471,8 @@ ALL = "gpg.py grpo.py copg.py"
 RANGES = {  # scripts: flags with values that they refuse
     ALL: "steps 0 -1 many 2.5 2000000000, lr 0 -1 nan inf x, warmup -1 1.5, weight-decay -1 nan, "
     "clip-grad 0 inf, seed -1 1000001, schedule linear, prompts 0, max-new-tokens 0, "
-    "micro-batch-tokens 0, save-every 0, eval-every 0, eval-problems 0, eval-samples 0 -3",
+    "micro-batch-tokens 0, save-every 0, eval-every 0, eval-problems 0, eval-first -1, "
+    "eval-samples 0 -3",
     "gpg.py grpo.py": "group-size 0 1, temperature 0 -1 nan inf, max-rounds 0",
     "gpg.py": "f-norm 2, beta-th 1.5 -0.1 nan",
     "grpo.py": "variant ppo, scale batch, aggregate group, clip-low 0, clip-high -0.2, "
@@ -604,6 +605,10 @@ def test_damaged_runs(whole, tmp_path, capsys):
         refused("gpg.py", ["--resume", out, *more], capsys, part)
         assert files(out) == before, (name, damaged)
         path.write_bytes(data)
+    shutil.rmtree(out / "checkpoint")
+    before = files(out)
+    refused("gpg.py", ["--resume", out, "--steps", 9], capsys, "checkpoint is gone; start another")
+    assert files(out) == before
 
 
 def files(folder):

@@ -99,7 +99,7 @@ class Stage:
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_record)
         for name in ("make_task", "load_model", "sample", "completion_logprobs", "evaluate"):
             monkeypatch.setattr(common, name, getattr(self, name))
-        monkeypatch.setattr(common, "draw_curves", lambda directory: None)  # slow
+        monkeypatch.setattr(common, "draw_curves", lambda *_: None)  # slow
 
     def make_task(self, name, split="train"):
         self.tasks.append((name, split))
@@ -325,7 +325,7 @@ class ManyAs(TextTask):
 def run_script(script, tmp_path, monkeypatch, model_dir, task, *flags):
     """A small run of a script on a task object -> the run, and its rows without that of step 0."""
     monkeypatch.setattr(common, "make_task", lambda name, split="train": task)
-    monkeypatch.setattr(common, "draw_curves", lambda directory: None)
+    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
     flags = ["--model", model_dir, "--max-new-tokens", "8", "--steps", "3", "--prompts", "4",
              "--eval-problems", "4", "--eval-samples", "2", *flags]  # fmt: skip
     flags += [] if "--out" in flags else ["--out", tmp_path / f"run{len(list(tmp_path.iterdir()))}"]
