@@ -88,9 +88,12 @@ def text_of(name: str) -> str:
         title = f"## {key}. {q.title} ({q.points} points)\n"
         title += f"\nIn `{q.file}`: {', '.join(places)}.\n" if places else ""
         text = text.replace(f"## {key}\n", title)
-    rows = [f"- **{key}** ({points} points): {written.QUESTIONS[name][key][0]}"
-            for key, points in ASSIGNMENTS[name].written.items()]  # fmt: skip
-    return text.replace("{written}", "\n".join(rows))
+    rows = [f"`python written.py {name} YOUR_ID` prints these questions with your own numbers. Put "
+            "the answers into `answers.json`, as numbers with four digits or more.\n"]  # fmt: skip
+    rows += [f"- **{key}** ({points} points): {written.QUESTIONS[name][key][0]}"
+             for key, points in ASSIGNMENTS[name].written.items()]  # fmt: skip
+    rules = (TEXTS / "rules.md").read_text(encoding="utf-8").rstrip()
+    return text.replace("{rules}", rules).replace("{written}", "\n".join(rows))
 
 
 SETUP = """#!/usr/bin/env bash
