@@ -312,7 +312,7 @@ def test_a_rollout_by_hand_may_have_masks_of_0_and_1(small):
 def test_micro_batches_hold_every_row_once_within_the_budget(small, together):
     """Every row is in one micro-batch, blocks stay whole, and no two batches could be one."""
     rollout = sample(*small, PROMPTS, 16, 24)
-    lengths = rollout.prompt_mask.sum(1) + rollout.completion_mask.sum(1)
+    lengths = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1).sum(1)
     batches = common.micro_batches(rollout, 300, together)
     assert sorted(torch.cat(batches).tolist()) == list(range(64))
     for rows in batches:

@@ -253,7 +253,7 @@ def cut_source(path: Path, tree: ast.Module, keep: set[int], imports: set[str]) 
             first = min([node.lineno, *(d.lineno for d in decorators)])
             body.append("\n".join(lines[first - 1 : node.end_lineno]))
     title = '"""Part of the project\'s own tests."""'
-    return "\n\n".join([title, "\n".join(head), *body]) + "\n"
+    return "\n\n\n".join([title, "\n".join(head), *body]) + "\n"
 
 
 def bound_alias(alias: ast.alias) -> str:
