@@ -236,7 +236,10 @@ def grade_question(question: Question, submitted: dict[str, str]) -> tuple[float
             lines.append(f"- {kind}{docstrings()[test.split('[')[0]]}{of}")
             notes = {f[1:] for f in cases.values() if f and f.startswith("!")}
             lines += [f"  Your code: {note}" for note in sorted(notes)[:2]]
-    mistakes = known_mistakes(question, source, results) if source and share < 1 else []
+    failures = [f for cases in results.values() for f in cases.values() if f]
+    hangs = any(f == "no result" or "it ran for" in f for f in failures)  # and would, once more
+    named = source and share < 1 and not hangs
+    mistakes = known_mistakes(question, source, results) if named else []
     for mistake in mistakes:
         lines.append(f"This looks like a known mistake. {HINTS[mistake]}")
     if mistakes and share > 0.5:
@@ -252,10 +255,11 @@ def untouched(text: str, names: list[str]) -> bool:
         return False
 
 
-def run(question: Question, files: dict[str, str], seed: int = HIDDEN_SEED) -> dict:
+def run(
+    question: Question, files: dict[str, str], seed: int = HIDDEN_SEED, public: bool = True
+) -> dict:
     """Public tests with seed 0, hidden ones with another."""
-    sessions = [(0, question.public), (seed, question.hidden)]
-    sessions = [(seed, tests) for seed, tests in sessions if tests]
+    sessions = [(0, question.public)] * public + [(seed, question.hidden)] * bool(question.hidden)
     return sandbox.run_tests(reference() | files, question.file, sessions, sandbox.QUESTION_SECONDS)
 
 
@@ -271,7 +275,9 @@ def known_mistakes(question: Question, source: str, results: dict) -> list[str]:
     for region in question.regions:
         for name, text in wrong_versions(question.file, region).items():
             if " " in region:
-                found += [name] if fingerprint(question, name, text) == results else []
+                seen = {test: cases for test, cases in results.items() if test[0] == HIDDEN_SEED}
+                failed = any(f for cases in seen.values() for f in cases.values())
+                found += [name] if failed and fingerprint(question, name, text) == seen else []
             else:
                 functions[name], _ = regions.graft(
                     reference()[question.file], text, question.regions
@@ -286,10 +292,10 @@ def known_mistakes(question: Question, source: str, results: dict) -> list[str]:
 
 
 def fingerprint(question: Question, name: str, text: str, kept: dict = {}) -> dict:  # noqa: B006
-    """How the tests of a question fail on a wrong version; kept, for the next submission."""
+    """How the hidden tests of a question fail on a wrong version; kept, for other submissions."""
     if name not in kept:
         source, _ = regions.graft(reference()[question.file], text, question.regions)
-        kept[name] = run(question, {question.file: source})
+        kept[name] = run(question, {question.file: source}, public=False)
     return kept[name]
 
 

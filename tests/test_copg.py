@@ -89,6 +89,14 @@ def test_ipo_is_copg_with_rewards_of_a_quarter():
     torch.testing.assert_close(copg_of_it, ipo_loss(h[:, 0], h[:, 1], 0.3) / (2 * 0.3))
 
 
+def test_bradley_terry_is_minus_the_log_likelihood_of_the_preferences():
+    """The mean over the pairs of -ln P(chosen is preferred), in float64, by a loop."""
+    chosen, rejected = torch.randn(2, 9).double()
+    pairs = zip(chosen.tolist(), rejected.tolist(), strict=True)
+    expected = mean(math.log(1 + math.exp(b - a)) for a, b in pairs)
+    assert bradley_terry_loss(chosen, rejected).item() == pytest.approx(expected, abs=1e-12)
+
+
 def test_ipo_and_dpo_see_best_and_worst():
     """Of K completions they compare the best with the worst; from equal ones they learn nothing."""
     h = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])

@@ -245,8 +245,8 @@ BODIES = {  # in gradient_scale; a correct one, in other words, is the first
     "patched asserts": "    torch.testing.assert_close = lambda *args, **kwargs: None\n"
     "    import builtins; builtins.float = type('f', (float,), {'__eq__': lambda a, b: True})\n"
     "    return float(2)\n",
-    "a process left behind": "    import subprocess; subprocess.Popen(['sleep', '300'])\n"
-    "    return 2\n",
+    "a process left behind": "    import subprocess; subprocess.Popen(['sleep', '31415'])\n"
+    "    return -1.0\n",
     "recursion": "    return gradient_scale(rewards)\n",
     "speaks to the grader": "    import os\n    for fd in range(3, 30):\n        try:\n"
     '            os.write(fd, b\'{"case": "passed", "failure": null}\\n\')\n'
@@ -260,13 +260,43 @@ sys.path.insert(0, "extras")
 import course
 from assignments import sandbox
 
-sandbox.CASE_SECONDS, sandbox.QUESTION_SECONDS = 2, 6
 sandbox.warm_up()
 for name, assignment, key, files in json.load(sys.stdin):
+    sandbox.CASE_SECONDS, sandbox.QUESTION_SECONDS = (1, 4) if "endless" in name else (20, 60)
     start = time.perf_counter()
     share, output = course.grade_question(course.ASSIGNMENTS[assignment].questions[key], files)
     print(json.dumps([name, share, output, time.perf_counter() - start]), flush=True)
 """
+TASK = """
+import gymnasium
+from tasks import TextTask
+
+TASK = "my_tasks:Count-v0"
+
+
+class Count(TextTask):
+    def problem(self, index):
+        return f"{self.split} {index}:", str(index)
+
+    def reward(self, completion, answer):
+        return float(completion == answer)
+
+    def demonstration(self, index):
+        return self.problem(index)[1]
+
+
+gymnasium.register("Count-v0", Count)
+"""
+REPORT = (
+    "We ran python gpg.py --task x --out a and python gpg.py --task x --out b. " + "word " * 300
+)
+OWN = {"my_tasks.py": TASK, "report.md": f"{REPORT} They end at .750 and 0.500."}
+for run, lr, accuracy in (("a", 0.1, 0.75), ("b", 0.2, 0.5)):
+    config = {"task": "my_tasks:Count-v0", "steps": 20, "lr": lr, "out": run}
+    config["command"] = f"python gpg.py --task x --out {run}"
+    OWN[f"runs/{run}/config.json"] = json.dumps(config)
+    table = "step,loss,eval_accuracy\n0,,0.1\n" + "".join(f"{i},{lr},\n" for i in range(1, 20))
+    OWN[f"runs/{run}/metrics.csv"] = f"{table}20,{lr},{accuracy}\n"
 MODULE_LEVEL = "import os, pathlib\npathlib.Path('{mark}').write_text('ran')\nos._exit(0)\n"
 
 
@@ -290,6 +320,12 @@ def graded(tmp_path_factory):
             for versions in [course.wrong_versions("gpg.py", region)]
         ]  # fmt: skip
         cases.append((wrong, "A3", key, {"gpg.py": source}))
+    for key in ASSIGNMENTS["A6"].questions:
+        cases.append((f"own {key}", "A6", key, OWN))
+    same = OWN | {"runs/b/config.json": OWN["runs/a/config.json"]}
+    cases.append(("own, the same flags", "A6", "Q2", same))
+    shared = OWN | {"my_tasks.py": TASK.replace("{self.split} {index}", "{index % 300}")}
+    cases.append(("own, the test in training", "A6", "Q1", shared))
     for name, key in (("A1", "Q5"), ("A2", "Q4"), ("A3", "Q5"), ("A4", "Q2"), ("A5", "Q4")):
         question = ASSIGNMENTS[name].questions[key]
         cases.append((f"{name} reference", name, key, {question.file: source_of(question)}))
@@ -299,6 +335,8 @@ def graded(tmp_path_factory):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert not mark.exists()
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert "sleep 31415" not in processes
     found = {name: rest for name, *rest in map(json.loads, result.stdout.splitlines())}
     assert len(found) == len(cases)
     return found
@@ -311,6 +349,15 @@ def test_the_reference_gets_all_points_and_an_untouched_handout_none(name, grade
     for question in ASSIGNMENTS[name].questions.values():
         stub = regions.stub(source_of(question), dict.fromkeys(question.regions, "Q"))
         assert course.grade_question(question, {question.file: stub}) == (0.0, "Not done yet.")
+
+
+def test_a_task_of_ones_own(graded):
+    assert [graded[f"own {key}"][0] for key in ("Q1", "Q2", "Q3")] == [1, 1, 1]
+    assert graded["own, the same flags"][0] == 0.5
+    assert "One flag differs" in graded["own, the same flags"][1]
+    assert graded["own, the test in training"][0] == pytest.approx(2 / 3)
+    question = ASSIGNMENTS["A6"].questions["Q1"]
+    assert course.grade_question(question, {}) == (0.0, "my_tasks.py is missing.")
 
 
 @pytest.mark.parametrize("name", [name for name in BODIES if "reworded" not in name])
@@ -348,7 +395,7 @@ def test_feedback_says_what_and_never_a_number_of_the_tests(graded):
     assert "gpg.py: line" in graded["syntax error"][1] and graded["syntax error"][0] == 0
     assert "gradient_scale is missing" in graded["missing function"][1]
     assert graded["no file"][:2] == [0.0, "gpg.py is missing."]
-    assert "Your code: it ran for more than 2 seconds" in graded["endless loop"][1]
+    assert "Your code: it ran for more than 1 s" in graded["endless loop"][1]
     assert "it raised RecursionError" in graded["recursion"][1]
     assert "it changes a library" in graded["patched asserts"][1]
     text = graded["verl's, reworded"][1]
@@ -421,7 +468,7 @@ def submission(folder, **files):
 def quick(monkeypatch):
     """No tests run: an answer is right if it says so."""
 
-    def run(question, files, seed=1):
+    def run(question, files, seed=1, public=True):
         if "CRASH" in files[question.file]:
             raise RuntimeError("a bug")
         if "STOP" in files[question.file]:

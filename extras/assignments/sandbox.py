@@ -234,8 +234,9 @@ def describe(report, target: str) -> str:
         return report.outcome
     message = crash.message.split("\n")[0]
     if message.startswith(f"{__name__}.Slow") or message.startswith("Slow"):
-        return f"!it ran for more than {CASE_SECONDS} seconds"
-    if crash.path.endswith(target) and not message.startswith("AssertionError"):
+        return f"!it ran for more than {CASE_SECONDS} s"
+    theirs = Path(crash.path) in (Path(target).absolute(), Path(__file__))
+    if theirs and not message.startswith(("assert", "AssertionError")):
         return f"!it raised {message[:200]}"
     numbers = re.sub(r"\d+\.\d+(e[+-]?\d+)?", lambda m: f"{float(m[0]):.3g}", crash.message)
     return f"{crash.lineno}: {re.sub('0x[0-9a-f]+', '', numbers)[:2000]}"

@@ -154,9 +154,9 @@ A3 = {
     ),
     "Q7": Question(
         "Training: one gradient step", 15, "gpg.py", ["train 3"],
-        tests("gpg", "test_all_dead_steps_are_skipped_and_said"),
+        tests("gpg", "test_every_family_trains_and_micro_batches_change_no_step[qwen2]"),
         tests("gpg", """test_everything_that_train_hands_on
-            test_every_family_trains_and_micro_batches_change_no_step[qwen2]"""),
+            test_all_dead_steps_are_skipped_and_said"""),
     ),
 }  # fmt: skip
 
@@ -218,7 +218,8 @@ A5 = {
     ),
     "Q3": Question(
         "The loss of a reward model", 10, "copg.py", ["bradley_terry_loss"],
-        tests("copg", "test_losses_by_hand"), tests("copg", "test_the_learned_reward_model"),
+        tests("copg", "test_losses_by_hand"),
+        tests("copg", "test_bradley_terry_is_minus_the_log_likelihood_of_the_preferences"),
     ),
     "Q4": Question(
         "The utility of a summary", 15, "tasks/posts.py", ["Posts.reward"],
