@@ -253,6 +253,13 @@ def test_gradient_checkpointing_changes_no_sample_and_no_gradient(model_dirs, fa
     assert 0 < difference < 1e-5 * gradients[0].norm()  # not 0: another order of sums
 
 
+def test_scores_are_right_where_checkpointing_drops_the_cache(model_dirs):
+    """In train mode with gradient checkpointing the log-probs are those of the naive way."""
+    model, tokenizer = common.load_model(str(model_dirs["qwen2"]), "cpu", grad_checkpointing=True)
+    rollout = sample(model, tokenizer, PROMPTS, 4, 12)
+    close(completion_logprobs(model, rollout), naive_logprobs(model, rollout), 2e-5)
+
+
 def test_gradients_repeat_bit_for_bit(small):
     """Where the gradients of many rows meet, in a shared prompt, threads may not take turns."""
     model, tokenizer = small
@@ -296,6 +303,16 @@ def test_rows_and_cat_keep_every_log_prob(small):
     one = both.rows(torch.tensor([0]))  # of "7": the columns of longer rows are gone
     assert one.prompt_ids.shape[1] == 1
     assert one.completion_ids.shape == one.logprobs.shape == (1, int(a.completion_mask[0].sum()))
+
+
+def test_a_row_alone_scores_as_among_others(small):
+    """A row without another one of its prompt has the log-probs that it has in the batch."""
+    rollout = sample(*small, PROMPTS, 2, 8)
+    together = completion_logprobs(small[0], rollout)
+    for i in range(8):
+        row = rollout.rows(torch.tensor([i]))
+        n = row.completion_ids.shape[1]
+        close(completion_logprobs(small[0], row)[0], together[i, :n], 1e-4)
 
 
 def test_a_rollout_by_hand_may_have_masks_of_0_and_1(small):

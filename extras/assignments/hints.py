@@ -44,6 +44,9 @@ HINTS = {
     "attention mask without it.",
     "no gradient through a shared prompt": "The prompt is part of what the policy computes: your "
     "gradient stops at the completion.",
+    "a shared prompt where checkpointing drops the cache": "In train mode with gradient "
+    "checkpointing, transformers drops the cache: without it your completions do not see their "
+    "prompt.",
     "completions of a prompt torn apart": "With `together`, a block of adjacent rows has to stay "
     "in one micro-batch.",
     # A3
@@ -158,5 +161,4 @@ HINTS = {
 
 EXEMPT = {  # wrong versions that lose no points, and why
     "gradients of a shared prompt in any order": "equal but for rounding",
-    "a shared prompt where checkpointing drops the cache": "sharing prompts is an optimisation",
 }

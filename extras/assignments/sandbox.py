@@ -6,7 +6,6 @@ attacker who runs as the same user. For a class, use a container as well.
 
 from __future__ import annotations
 
-import ast
 import builtins
 import contextlib
 import copy
@@ -346,18 +345,18 @@ def recorded(calls: dict[str, list], function: Callable) -> Callable:
 
 def versions(target: str, source: str) -> dict[str, Callable]:
     """The marked functions of a grafted source, each version a module of its own."""
-    found = {}
-    builtins.course_plain = lambda function: found.setdefault(function.__qualname__, function)
+    marked = []
+    builtins.course_plain = lambda function: marked.append(function.__qualname__) or function
     name = target.removesuffix(".py").replace("/", ".")
     module = types.ModuleType(name)
+    module.__package__ = name.rpartition(".")[0]
     kept, sys.modules[name] = sys.modules.get(name), module  # dataclasses look themselves up
     try:
-        module.__package__ = name.rpartition(".")[0]
-        exec(compile(ast.parse(source), target, "exec"), vars(module))
+        exec(compile(source, target, "exec"), vars(module))
     finally:
         if kept is not None:
             sys.modules[name] = kept
-    return found
+    return {path: functools.reduce(getattr, path.split("."), module) for path in marked}
 
 
 def cloned(x):
