@@ -449,11 +449,11 @@ def main(argv: list[str] | None = None) -> int:
         sandbox.warm_up()
         grade_many(args.assignment, args.submission, args.out)
     else:
-        if not args.student:
+        if not args.student and ASSIGNMENTS[args.assignment].written:
             raise UserError("--student ID is needed: the written questions depend on it")
         sandbox.warm_up()
-        results = grade(args.assignment, args.submission, args.student, args.out)
-        print(f"{args.student}: {results['score']:g} points; see {args.out}")
+        results = grade(args.assignment, args.submission, args.student or "", args.out)
+        print(f"{args.submission}: {results['score']:g} points; see {args.out}")
     return 0
 
 
