@@ -436,8 +436,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"    {key}  {points:3}  written")
     elif args.command == "make":
         make(args.assignment, args.out)
+        print(f"see {args.out / args.assignment}.md")
         if args.gradescope:
             make_gradescope(args.assignment, args.gradescope)
+            print(f"zip the contents of {args.gradescope} for Gradescope")
     elif args.command == "check":
         sandbox.warm_up()
         return 0 if check(args.assignment) else 1

@@ -71,9 +71,13 @@ def stub(source: str, questions: dict[str, str]) -> str:
         end, indent = block[j - 1].end_lineno, " " * block[i].col_offset
         new = [f"{indent}# {shape}" for shape in shapes(block[i:j], lines)]
         if " " in name:  # what the paragraphs that follow need
+            rest = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.lineno > end]
+            first = {}  # where each name is next used: a line, and then reading before writing
+            for n in rest:
+                use = n.lineno, isinstance(n.ctx, ast.Store)
+                first[n.id] = min(use, first.get(n.id, use))
             stored = names(block[i:j], ast.Store)
-            rest = [s for s in ast.walk(function) if getattr(s, "lineno", 0) > end]
-            needed = sorted(stored & names(rest, ast.Load))
+            needed = sorted(n for n in stored & first.keys() if not first[n][1])
             new = [f"{indent}# What follows needs: {', '.join(needed)}."] * bool(needed) + new
         lines[line:end] = [*new, f'{indent}raise NotImplementedError("{questions[name]}")']
     return "\n".join(lines)
@@ -83,7 +87,9 @@ def shapes(statements: list[ast.stmt], lines: list[str]) -> list[str]:
     """ "name: [B, G]" for each name whose line ends in such a comment."""
     found = {}
     for node in (n for s in statements for n in ast.walk(s) if isinstance(n, ast.Assign)):
-        comment = re.search(r"  # (\[.*?\]|[\w *]+ rows)", lines[node.end_lineno - 1])
+        comment = re.search(
+            r"  # (\[.*?\]|([A-Zn]|rounds)( \* [A-Z])* rows)", lines[node.end_lineno - 1]
+        )
         if comment and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = f"{node.targets[0].id}: {comment[1]}"
     return list(found.values())
