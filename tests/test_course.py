@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "extras"))
 
 import course  # noqa: E402
-from assignments import regions, written  # noqa: E402
+from assignments import regions, sandbox, written  # noqa: E402
 from assignments.hints import EXEMPT, HINTS  # noqa: E402
 from assignments.table import ANSWERS, ASSIGNMENTS  # noqa: E402
 
@@ -51,13 +51,14 @@ def test_an_assignment_has_100_points_and_every_test_a_docstring(name):
         assert assignment.written.keys() == written.QUESTIONS[name].keys() == ANSWERS[name].keys()
 
 
-def test_every_known_mistake_has_a_hint():
-    known = set()
-    for assignment in ASSIGNMENTS.values():
-        for question in assignment.questions.values():
-            for region in question.regions:
-                known |= course.wrong_versions(question.file, region).keys()
-    assert len(known) > 70 and known - EXEMPT.keys() == HINTS.keys()
+def test_every_known_mistake_has_a_hint_and_lies_in_one_question():
+    known = [
+        name for assignment in ASSIGNMENTS.values() for question in assignment.questions.values()
+        for region in question.regions for name in course.wrong_versions(question.file, region)
+    ]  # fmt: skip
+    assert len(known) == len(set(known))
+    assert set(known) - EXEMPT.keys() == HINTS.keys() and EXEMPT.keys() <= set(known)
+    assert f"{len(known)} wrong versions" in (ROOT / "README.md").read_text()
 
 
 # ---- handouts ----
@@ -403,6 +404,13 @@ def test_feedback_says_what_and_never_a_number_of_the_tests(graded):
     docstrings = [course.docstrings()[t] for t in ASSIGNMENTS["A3"].questions["Q2"].hidden]
     assert docstrings[0] in text and "test_alpha_by_hand: Eq. 7 with two" in text
     assert not re.search(r"assert|\d\.\d", text)
+
+
+def test_a_virtual_environment_in_the_project_is_not_the_project():
+    """What lies in .venv stays imported in the grader's processes; the project does not."""
+    torch_there = ROOT / ".venv" / "lib" / "python3.12" / "site-packages" / "torch"
+    assert torch_there not in sandbox.OURS and ROOT in sandbox.OURS
+    assert Path(course.common.__file__).resolve().parent in sandbox.OURS
 
 
 # ---- written questions ----
