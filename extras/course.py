@@ -171,12 +171,17 @@ def read_submission(assignment: Assignment, folder: Path) -> dict[str, str]:
     """The submitted files, as texts. A link, a folder or a huge file counts as missing."""
     wanted = assignment.submitted or sorted({q.file for q in assignment.questions.values()})
     found = {}
+    while folder.is_dir():  # a zip file often wraps everything in one more folder
+        inside = [path for path in folder.iterdir() if path.name[0] not in "._"]
+        if len(inside) != 1 or not inside[0].is_dir() or inside[0].is_symlink():
+            break
+        folder = inside[0]
     for pattern in [*wanted, "answers.json"]:
         paths = sorted(folder.glob(pattern)) or sorted(folder.glob(Path(pattern).name))
         for path in paths[:4]:
             if path.is_file() and not path.is_symlink() and path.stat().st_size <= LARGEST:
                 name = str(path.relative_to(folder)) if "*" in pattern else pattern
-                found[name] = path.read_bytes().decode("utf-8", errors="replace")
+                found[name] = path.read_bytes().decode("utf-8-sig", errors="replace")
     return found
 
 
@@ -291,12 +296,15 @@ def known_mistakes(question: Question, source: str, results: dict) -> list[str]:
     return found[:3] if functions else found[:1]
 
 
-def fingerprint(question: Question, name: str, text: str, kept: dict = {}) -> dict:  # noqa: B006
-    """How the hidden tests of a question fail on a wrong version; kept, for other submissions."""
-    if name not in kept:
+FINGERPRINTS: dict[str, dict] = {}  # of wrong versions, for the next submission
+
+
+def fingerprint(question: Question, name: str, text: str) -> dict:
+    """How the hidden tests of a question fail on a wrong version."""
+    if name not in FINGERPRINTS:
         source, _ = regions.graft(reference()[question.file], text, question.regions)
-        kept[name] = run(question, {question.file: source}, public=False)
-    return kept[name]
+        FINGERPRINTS[name] = run(question, {question.file: source}, public=False)
+    return FINGERPRINTS[name]
 
 
 def read_answers(text: str | None) -> dict:

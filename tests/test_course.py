@@ -499,6 +499,19 @@ def test_results_are_gradescopes(quick, tmp_path):
         assert test["visibility"] == "visible"
 
 
+def test_a_submission_is_found_in_a_wrapped_folder_and_a_link_is_not_followed(tmp_path):
+    assignment = ASSIGNMENTS["A3"]
+    submission(tmp_path / "a" / "b" / "c", gpg_py="\ufeffx = 1", answers_json="{}")
+    submission(tmp_path / "a" / "__MACOSX", gpg_py="y = 1")
+    found = course.read_submission(assignment, tmp_path / "a")
+    assert found == {"gpg.py": "x = 1", "answers.json": "{}"}
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "gpg.py").symlink_to(ROOT / "gpg.py")
+    assert course.read_submission(assignment, tmp_path / "d") == {}
+    submission(tmp_path / "e", gpg_py="x" * (course.LARGEST + 1))
+    assert course.read_submission(assignment, tmp_path / "e") == {}
+
+
 def test_results_are_there_when_the_grader_is_stopped_or_fails(quick, tmp_path):
     stopped = submission(tmp_path / "s", gpg_py=GPG.replace(LOSS, "    STOP\n"))
     out = tmp_path / "r.json"
