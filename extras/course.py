@@ -246,7 +246,7 @@ def grade_question(question: Question, submitted: dict[str, str]) -> tuple[float
     named = source and share < 1 and not hangs
     mistakes = known_mistakes(question, source, results) if named else []
     for mistake in mistakes:
-        lines.append(f'This looks like a known mistake ("{mistake}"). {HINTS[mistake]}')
+        lines.append(f'This looks like a known mistake ("{mistake}"). {HINTS.get(mistake, "")}')
     if mistakes and share > 0.5:
         share = 0.5
         lines.append("A question with a known mistake in it gets half of its points at most.")
