@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    torch.manual_seed(0)
+    torch.manual_seed(int(os.environ.get("TEST_SEED", "0")))
 
 
 @pytest.fixture(scope="session", autouse=True)

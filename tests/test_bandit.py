@@ -29,6 +29,7 @@ def exact(problem):
 
 
 def test_exact_values_of_the_paper():
+    """pi*, J and the regret of the paper's bandit, also where a policy never pulls an arm."""
     best = optimal_policy()
     torch.testing.assert_close(best, tensor(PI_STAR), atol=1e-6, rtol=0)
     assert float(objective(best)) == pytest.approx(2.125200, abs=1e-6)
@@ -65,6 +66,7 @@ def test_regularised_reward_objective_and_the_optimum(seed):
     ],
 )  # fmt: skip
 def test_limits(method, policy, value):
+    """Where gradient descent on each expected loss ends, and the regret there."""
     found = limit(method, 5000 if method == "dpo" else 1500)
     torch.testing.assert_close(found, tensor(policy), atol=6e-4, rtol=0)
     assert float(regret(found)) == pytest.approx(value, abs=6e-5)
@@ -114,6 +116,7 @@ def test_copg_finds_the_one_optimum_from_any_data(seed):
 
 
 def test_an_arm_that_nobody_pulls_stays_where_it_was():
+    """Only differences of log-ratios between arms in the data are learned."""
     found = limit("copg", mu1=(0.5, 0.5, 0.0), mu2=(0.4, 0.6, 0.0))
     assert float(found[0] / found[1]) == pytest.approx(np.e, rel=1e-6)
     torch.testing.assert_close(found, tensor((0.5065, 0.1863, 0.3072)), atol=1e-4, rtol=0)
@@ -149,6 +152,7 @@ def test_a_restricted_policy_has_another_optimum():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_on_policy_the_gradient_is_twice_that_of_the_objective(seed):
+    """Property 1: if the policy itself writes both completions, CoPG is policy gradient."""
     problem = random_problem(seed)
     logits = torch.randn(3).double().requires_grad_()
     arguments = problem["rewards"], problem["ref"], problem["beta"]
@@ -248,6 +252,7 @@ def test_environment():
 
 
 def test_data_follow_the_two_policies_and_bradley_terry():
+    """y is drawn from mu1, y' from mu2, preferences by Bradley-Terry; each seed has its own."""
     y, y_, wins = bandit.data_set((0, 1), 10_000, "sampled")
     assert y.shape == y_.shape == wins.shape == (2, 10_000)
     for arms, mu in ((y, bandit.MU1), (y_, bandit.MU2)):
@@ -291,6 +296,7 @@ def test_the_figures_claims():
 
 
 def test_the_literal_learning_rate():
+    """With the paper's learning rate: the regret of CoPG on the way."""
     curve = bandit.train("copg", seeds=range(2), lr=1e-3)
     assert curve[[1, 10, 20, 40, 60, 80, 100]].mean(1) == pytest.approx(
         [0.281, 0.200, 0.140, 0.077, 0.046, 0.027, 0.0131], abs=1.5e-3

@@ -23,6 +23,7 @@ from tasks.tiny import tiny_tokenizer
 
 
 def test_losses_by_hand():
+    """CoPG, IPO, DPO and Bradley-Terry on one pair, computed by hand."""
     h, r = torch.tensor([[0.5, -0.5]]), torch.tensor([[2.0, 1.0]])
     # (1 - 0.5 * 1)^2 / (2 * 0.5)
     assert copg_loss(h, r, 0.5).item() == pytest.approx(0.25, abs=1e-7)
@@ -39,6 +40,7 @@ def test_losses_by_hand():
 
 
 def test_losses_are_means_over_prompts():
+    """The loss of seven prompts is the mean of the seven losses."""
     h, r = torch.randn(7, 2).double(), torch.randn(7, 2).double()
     for loss in ("copg", "ipo", "dpo"):
         alone = [policy_loss(loss, h[i : i + 1], r[i : i + 1], 0.3) for i in range(7)]
@@ -81,13 +83,23 @@ def test_copg_is_rloo_with_the_kl_in_the_reward(K):
 
 
 def test_ipo_is_copg_with_rewards_of_a_quarter():
+    """Property 3: IPO is CoPG with R = 1/4 and -1/4, times 2 beta."""
     h = torch.randn(6, 2).double()
     quarter = torch.tensor([[0.25, -0.25]]).double().expand(6, 2)
     copg_of_it = copg_loss(h, quarter, 0.3)
     torch.testing.assert_close(copg_of_it, ipo_loss(h[:, 0], h[:, 1], 0.3) / (2 * 0.3))
 
 
+def test_bradley_terry_is_minus_the_log_likelihood_of_the_preferences():
+    """The mean over the pairs of -ln P(chosen is preferred), in float64, by a loop."""
+    chosen, rejected = torch.randn(2, 9).double()
+    pairs = zip(chosen.tolist(), rejected.tolist(), strict=True)
+    expected = mean(math.log(1 + math.exp(b - a)) for a, b in pairs)
+    assert bradley_terry_loss(chosen, rejected).item() == pytest.approx(expected, abs=1e-12)
+
+
 def test_ipo_and_dpo_see_best_and_worst():
+    """Of K completions they compare the best with the worst; from equal ones they learn nothing."""
     h = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
     r = torch.tensor([[0.0, 5.0, -1.0], [9.0, 5.0, 7.0]])
     best, worst = torch.tensor([2.0, 1.0]), torch.tensor([4.0, 2.0])
@@ -155,6 +167,7 @@ def tilted(beta):
 
 
 def test_copg_finds_the_optimal_policy_off_policy():
+    """Theorem 1: descent on pairs by a skewed writer ends in pi_ref exp(R / beta) / Z."""
     torch.testing.assert_close(fitted(copg_loss), tilted(BETA), atol=1e-5, rtol=0)
 
 
@@ -180,6 +193,7 @@ def test_the_two_codings_that_look_right_do_not():
 
 
 def test_micro_batches_keep_prompts_together():
+    """With together=3 the three completions of a prompt stay in one micro-batch."""
     rollout = common.Rollout(
         torch.ones(12, 3), torch.ones(12, 3), torch.ones(12, 9),
         torch.arange(9) < torch.randint(1, 9, (12, 1)), torch.zeros(12, 9), torch.zeros(12),

@@ -17,6 +17,7 @@ REWARDS = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]
 
 
 def test_advantages_by_hand():
+    """Eq. 6 with F_norm = 1, on four groups of four rewards."""
     expected = [[0.5, -0.5, -0.5, 0.5], [0] * 4, [0.75, -0.25, -0.25, -0.25], [0] * 4]
     assert group_advantages(REWARDS).tolist() == expected
 
@@ -32,6 +33,7 @@ def test_advantages_with_std_by_hand():
 
 @pytest.mark.parametrize("f_norm", ["1", "std"])
 def test_advantages_are_groupwise_and_shift_free(f_norm):
+    """A group's advantages sum to 0 and depend on no other group and on no added constant."""
     rewards = torch.randn(5, 8).double()
     advantages = group_advantages(rewards, f_norm)
     torch.testing.assert_close(advantages.sum(1), torch.zeros(5).double(), atol=1e-12, rtol=0)
@@ -48,6 +50,7 @@ def test_advantages_are_groupwise_and_shift_free(f_norm):
 
 
 def test_alpha_by_hand():
+    """Eq. 7 with two, one, none and all of the groups dead."""
     assert gradient_scale(REWARDS) == 2.0  # 4 groups, 2 of them dead
     assert gradient_scale(REWARDS[:3]) == 1.5  # 3 groups, 1 of them dead
     assert gradient_scale(REWARDS[[0, 2]]) == 1.0
@@ -77,6 +80,7 @@ def test_validity_is_judged_on_raw_rewards():
 
 
 def test_loss_by_hand():
+    """Eq. 5 and 8 on two completions of two and three tokens; with a given total, too."""
     logprobs = torch.tensor([[-1.0, -2.0, -4.0], [-3.0, -5.0, -7.0]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     advantages = torch.tensor([0.5, -0.25])
@@ -87,6 +91,7 @@ def test_loss_by_hand():
 
 
 def test_gradient_raises_what_was_better():
+    """A step against the gradient raises the log-prob of the completion with A > 0."""
     logits = torch.zeros(2, 1, 2, dtype=torch.double, requires_grad=True)
     logprobs = logits.log_softmax(-1)[:, :, 0]
     gpg_loss(logprobs, torch.tensor([0.5, -0.5]), torch.ones(2, 1)).backward()
@@ -147,6 +152,7 @@ def whole_batch_gradient(model, rollout):
 
 
 def test_loss_and_gradient_equal_brute_force(batch):
+    """Eq. 5 to 8 as loops over groups, completions and tokens, in float64."""
     model, rollout = batch
     logprobs = common.completion_logprobs(model, rollout)
     brute = brute_force_loss(logprobs, REWARDS, rollout.completion_mask, alpha=4 / 2)
@@ -184,6 +190,7 @@ def test_eos_is_trained(small):
 
 
 def test_choose_groups():
+    """All valid groups of all rounds, then dead ones of the last round, B or more in all."""
     F, T = False, True
     # one round of four: valid ones first, then the dead, four in all
     assert sorted(choose_groups(torch.tensor([F, T, F, T]), 4).tolist()) == [0, 1, 2, 3]
@@ -220,6 +227,7 @@ STEPS = [
 
 @pytest.mark.parametrize("flags", [[], ["--f-norm", "std"], NO_ALPHA])
 def test_everything_that_train_hands_on(stage, flags):
+    """Three steps of training against loops: batches, alpha, gradients, rates and the log."""
     stage.plan = [valid for rounds, _, _ in STEPS for valid in rounds]
     run, rows, samples = stage.train(gpg, *SMALL, *flags)
     rounds = [len(rounds) for rounds, _, _ in STEPS]
@@ -323,6 +331,7 @@ class Variety(ManyAs):
 def test_every_family_trains_and_micro_batches_change_no_step(
     tmp_path, monkeypatch, model_dirs, family
 ):
+    """Real small models train, and small micro-batches take the same steps as one large one."""
     steps = []
     for tokens in (40, 10**6):
         flags = ["--steps", 2, "--lr", 1e-3, "--micro-batch-tokens", tokens]

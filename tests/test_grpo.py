@@ -61,10 +61,12 @@ def one_token(ratio, advantage, **flags):
     ],
 )
 def test_clip_by_hand(ratio, advantage, J, slope):
+    """J of one token and its derivative, on both sides of both clips."""
     assert one_token(ratio, advantage) == (J, slope)
 
 
 def test_the_two_clips_are_apart():
+    """clip_low bounds the ratio below and clip_high above, each for its sign of A."""
     flags = {"clip_low": 0.1, "clip_high": 0.28}
     assert one_token(1.25, 1.0, **flags) == (1.25, 1.0)
     assert one_token(1.5, 1.0, **flags) == (1.28, 0.0)
@@ -73,6 +75,7 @@ def test_the_two_clips_are_apart():
 
 
 def test_is_clipped_where_the_gradient_is_zero():
+    """is_clipped marks exactly the tokens without a gradient."""
     logprobs = (0.5 * torch.randn(50, 6).double()).requires_grad_()
     advantages = torch.randn(50).double()
     mask, old = torch.ones(50, 6), torch.zeros(50, 6).double()
@@ -112,6 +115,7 @@ def test_k3_by_hand():
 
 
 def test_k3_is_never_negative():
+    """Every single estimate is >= 0, for tiny differences too."""
     log_ratio = torch.cat([torch.randn(10000), 1e-4 * torch.randn(10000), torch.zeros(1)])
     assert (kl_k3(-log_ratio, torch.zeros(20001)) >= 0).all()
 
@@ -146,6 +150,7 @@ def test_the_gradient_of_k3_is_that_of_the_other_kl(two_policies):
 
 
 def test_the_kl_is_a_cost_times_beta():
+    """The KL raises the loss, in proportion to beta; with beta = 0 it is not there."""
     logprobs = torch.tensor([[0.2, 0.4]]).log()
     ref, mask = torch.tensor([[0.4, 0.2]]).log(), torch.ones(1, 2)
     flags = {"ref_logprobs": ref, "kl_beta": 0.1}
@@ -189,6 +194,7 @@ def brute_force_loss(logprobs, old, ref, advantages, mask, aggregate, beta=0.3):
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_loss_and_gradient_equal_brute_force(batch, aggregate):
+    """Eq. 3 as loops over rows and tokens, in float64, for each way to aggregate."""
     model, rollout = batch
     advantages = group_advantages(REWARDS).flatten()
     mask, old = rollout.completion_mask, rollout.logprobs
@@ -308,6 +314,7 @@ CASES = {  # flags; the valid groups in each round of each step; the groups in e
 
 @pytest.mark.parametrize("name", CASES)
 def test_everything_that_train_hands_on(stage, monkeypatch, name):
+    """Three steps of training against loops: batches, updates, rates and the log."""
     flags, steps, batches = CASES[name]
     orders = []
 

@@ -85,6 +85,7 @@ def every(request, model_dirs, tmp_path):
 
 
 def test_greedy_equals_generate(every):
+    """At temperature 0 the tokens are those of transformers' generate, and log-probs at 1."""
     model, tokenizer = every
     ours = sample(model, tokenizer, PROMPTS, 2, 16, temperature=0)
     for row in range(8):
@@ -98,6 +99,7 @@ def test_greedy_equals_generate(every):
 
 
 def test_sampled_scored_and_naive_logprobs_agree(every):
+    """Log-probs when sampled, when scored, and row by row without padding are the same."""
     model, tokenizer = every
     lengths = set()
     for temperature in (1.0, 0.7, 1.3):
@@ -112,6 +114,7 @@ def test_sampled_scored_and_naive_logprobs_agree(every):
 
 @pytest.mark.parametrize("chunk", [2**24, 1000])  # in one piece; in pieces of three tokens
 def test_gradients_equal_naive(every, monkeypatch, chunk):
+    """Gradients are those of the full log-softmax, one unpadded row at a time."""
     monkeypatch.setattr(common, "LOGITS_AT_ONCE", chunk)
     model, tokenizer = every
     rollout = sample(model, tokenizer, PROMPTS, 2, 8)
@@ -164,6 +167,7 @@ def chi_square_ok(tokens, logits):
 
 
 def test_eos_is_in_the_mask_and_in_no_text_and_nothing_follows_it(loaded):
+    """The mask ends with the EOS, the text before it; behind it everything is 0."""
     model, tokenizer = loaded
     stop = common.stop_token_ids(model, tokenizer)
     rollout = sample(model, tokenizer, PROMPTS, 64, 24)
@@ -179,6 +183,7 @@ def test_eos_is_in_the_mask_and_in_no_text_and_nothing_follows_it(loaded):
 
 
 def test_every_eos_id_of_the_generation_config_stops_and_there_may_be_none(model_dirs):
+    """Each of a list of EOS ids ends a row; without any, all rows are truncated."""
     model, tokenizer = common.load_model(str(model_dirs["gemma"]), "cpu")
     assert common.stop_token_ids(model, tokenizer) == [10, 256]
     rollout = sample(model, tokenizer, PROMPTS, 64, 24)
@@ -190,6 +195,7 @@ def test_every_eos_id_of_the_generation_config_stops_and_there_may_be_none(model
 
 
 def test_pad_token_that_equals_eos_changes_nothing(small):
+    """Masks come from the sampler, not from the values of tokens."""
     model, tokenizer = small
     torch.manual_seed(3)
     before = sample(model, tokenizer, PROMPTS, 8, 16)
@@ -247,6 +253,13 @@ def test_gradient_checkpointing_changes_no_sample_and_no_gradient(model_dirs, fa
     assert 0 < difference < 1e-5 * gradients[0].norm()  # not 0: another order of sums
 
 
+def test_scores_are_right_where_checkpointing_drops_the_cache(model_dirs):
+    """In train mode with gradient checkpointing the log-probs are those of the naive way."""
+    model, tokenizer = common.load_model(str(model_dirs["qwen2"]), "cpu", grad_checkpointing=True)
+    rollout = sample(model, tokenizer, PROMPTS, 4, 12)
+    close(completion_logprobs(model, rollout), naive_logprobs(model, rollout), 2e-5)
+
+
 def test_gradients_repeat_bit_for_bit(small):
     """Where the gradients of many rows meet, in a shared prompt, threads may not take turns."""
     model, tokenizer = small
@@ -259,6 +272,7 @@ def test_gradients_repeat_bit_for_bit(small):
 
 
 def test_frozen_logprobs_are_the_same_in_their_rows_without_gradient(small):
+    """Scored in micro-batches, every row gets the log-probs it gets in one batch."""
     model, tokenizer = small
     rollout = sample(model, tokenizer, PROMPTS, 6, 20)
     frozen = common.frozen_logprobs(model, rollout, 150, temperature=0.7)
@@ -270,6 +284,7 @@ def test_frozen_logprobs_are_the_same_in_their_rows_without_gradient(small):
 
 
 def test_rows_and_cat_keep_every_log_prob(small):
+    """Rollouts that are joined, shuffled and cut score as before."""
     model, tokenizer = small
     a, b = sample(model, tokenizer, PROMPTS[:1], 6, 20), sample(model, tokenizer, PROMPTS[1:], 2, 9)
     both = Rollout.cat([a, b])
@@ -290,7 +305,18 @@ def test_rows_and_cat_keep_every_log_prob(small):
     assert one.completion_ids.shape == one.logprobs.shape == (1, int(a.completion_mask[0].sum()))
 
 
+def test_a_row_alone_scores_as_among_others(small):
+    """A row without another one of its prompt has the log-probs that it has in the batch."""
+    rollout = sample(*small, PROMPTS, 2, 8)
+    together = completion_logprobs(small[0], rollout)
+    for i in range(8):
+        row = rollout.rows(torch.tensor([i]))
+        n = row.completion_ids.shape[1]
+        close(completion_logprobs(small[0], row)[0], together[i, :n], 1e-4)
+
+
 def test_a_rollout_by_hand_may_have_masks_of_0_and_1(small):
+    """Masks of 0 and 1 score as masks of False and True."""
     rollout = sample(*small, PROMPTS, 2, 6)
     fields = vars(rollout) | {
         "prompt_mask": rollout.prompt_mask.long(), "completion_mask": rollout.completion_mask.long()
@@ -301,8 +327,9 @@ def test_a_rollout_by_hand_may_have_masks_of_0_and_1(small):
 
 @pytest.mark.parametrize("together", [1, 4])
 def test_micro_batches_hold_every_row_once_within_the_budget(small, together):
+    """Every row is in one micro-batch, blocks stay whole, and no two batches could be one."""
     rollout = sample(*small, PROMPTS, 16, 24)
-    lengths = rollout.prompt_mask.sum(1) + rollout.completion_mask.sum(1)
+    lengths = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1).sum(1)
     batches = common.micro_batches(rollout, 300, together)
     assert sorted(torch.cat(batches).tolist()) == list(range(64))
     for rows in batches:

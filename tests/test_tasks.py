@@ -471,6 +471,7 @@ def test_other_bad_files(tmp_path, content, message):
 
 
 def test_utility_by_hand():
+    """The worth of each fact, the cost of words, of repeated facts and of anything else."""
     answer = "my boss lost my bike ; in the park ; because of a bet ; should i pay them"
     utility = Posts().reward
     assert utility(answer, answer) == pytest.approx(4.2 - 0.1 * 16)
@@ -494,6 +495,7 @@ def test_the_facts_stand_in_the_post():
 
 
 def test_writers_are_of_mixed_quality():
+    """Summaries by good and bad writers have utilities far apart."""
     task = Posts()
     utilities = torch.tensor(
         [task.reward(task.write(i, w), task.problem(i)[1]) for i in range(500) for w in (1, 2)]

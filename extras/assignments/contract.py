@@ -1,0 +1,93 @@
+"""The contract of a task of your own, of its two runs and of the report."""
+
+import csv
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_FLAGS = {"out", "command", "resume", "seed", "device"}  # these may differ as they like
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """Your task, for training and for the test, as the scripts make them."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path, os.getcwd()])
+    import my_tasks
+
+    return [common.make_task(my_tasks.TASK, split) for split in ("train", "test")]
+
+
+@pytest.fixture
+def runs():
+    """(config, rows of metrics.csv) of every folder in runs/."""
+    folders = sorted(path.parent for path in (ROOT / "runs").glob("*/config.json"))
+    found = []
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with (folder / "metrics.csv").open(encoding="utf-8") as file:
+            found.append((config, list(csv.DictReader(file))))
+    assert len(found) == 2, "runs/ holds two runs, each with config.json and metrics.csv"
+    return found
+
+
+def test_a_problem_is_always_the_same(tasks):
+    """The same index gives the same prompt, text that is not empty; there are many problems."""
+    for task in tasks:
+        size = getattr(task.unwrapped, "size", None) or 200
+        prompts = common.get_prompts(task, list(range(min(size, 200))))
+        assert prompts == common.get_prompts(task, list(range(min(size, 200))))
+        assert len(set(prompts)) >= 50 and all(prompt.strip() for prompt in prompts)
+
+
+def test_training_is_not_the_test(tasks):
+    """No prompt of the first 500 for training is among the first 200 of the test."""
+    train, test = (set(common.get_prompts(task, list(range(n)))) for task, n in
+                   zip(tasks, (500, 200), strict=True))  # fmt: skip
+    assert not train & test
+
+
+def test_rewards_tell_good_from_bad(tasks):
+    """Rewards are finite; demonstrations get more than nonsense, and not all get the same."""
+    task, problems = tasks[0], list(range(50))
+    good = [task.unwrapped.demonstration(i) for i in problems]
+    rewards, _ = common.get_rewards(task, problems, good)
+    nonsense, _ = common.get_rewards(task, problems, ["?! nonsense"] * 50)
+    empty, _ = common.get_rewards(task, problems, [""] * 50)
+    assert rewards.mean() > max(nonsense.mean(), empty.mean())
+    assert rewards.unique().numel() > 1 or (rewards > nonsense).all()
+
+
+def test_two_runs_are_finished(runs):
+    """Both runs are of your task, reached their last step, 20 or more, and were evaluated."""
+    for config, rows in runs:
+        assert config["task"].startswith("my_tasks:")
+        assert config["steps"] >= 20 and int(rows[-1]["step"]) == config["steps"]
+        evaluated = [float(row["eval_accuracy"]) for row in rows if row.get("eval_accuracy")]
+        assert len(evaluated) >= 2 and all(map(math.isfinite, evaluated))
+
+
+def test_the_runs_differ_in_one_flag(runs):
+    """One flag differs, beside --out, --seed and --device; and the metrics differ, too."""
+    (a, rows_a), (b, rows_b) = runs
+    names = (a.keys() | b.keys()) - NOT_FLAGS
+    assert len([name for name in names if a.get(name) != b.get(name)]) == 1
+    losses = [[row["loss"] for row in rows] for rows in (rows_a, rows_b)]
+    assert losses[0] != losses[1]
+
+
+def test_the_report_says_what_was_run(runs):
+    """report.md: 300 words or more, both commands, and both final accuracies with three digits."""
+    report = (ROOT / "report.md").read_text(encoding="utf-8")
+    assert len(report.split()) >= 300
+    for config, rows in runs:
+        assert config["command"] in report
+        last = [row["eval_accuracy"] for row in rows if row.get("eval_accuracy")][-1]
+        assert f"{float(last):.3f}".lstrip("0") in report
