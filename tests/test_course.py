@@ -515,8 +515,12 @@ def test_a_submission_is_found_in_a_wrapped_folder_and_a_link_is_not_followed(tm
 
 
 def test_results_are_there_when_the_grader_is_stopped_or_fails(quick, tmp_path):
+    out, line = tmp_path / "r.json", "return rewards.amax(1) != rewards.amin(1)"
+    at_once = submission(tmp_path / "q", gpg_py=GPG.replace(line, "STOP"))
+    with pytest.raises(SystemExit):
+        course.grade("A3", at_once, "ann", out)
+    assert json.loads(out.read_text())["score"] == 0
     stopped = submission(tmp_path / "s", gpg_py=GPG.replace(LOSS, "    STOP\n"))
-    out = tmp_path / "r.json"
     with pytest.raises(SystemExit):
         course.grade("A3", stopped, "ann", out)
     results = json.loads(out.read_text())
