@@ -222,6 +222,7 @@ def test_a_paragraph_is_put_into_the_reference():
 LOSS = "    return alpha * (-logprobs * advantages[:, None] * mask).sum() / total_tokens\n"
 SCALE = "    B, valid = len(rewards), int(is_valid(rewards).sum())\n"
 SCALE += "    return B / valid if valid else 0.0\n"
+SLEEP = f"300.{os.getpid()}"  # seconds; nobody else's
 ANYTHING = """
     class Anything:
         def __getattr__(self, name): return lambda *args, **kwargs: self
@@ -247,8 +248,8 @@ BODIES = {  # in gradient_scale; a correct one, in other words, is the first
     "patched asserts": "    torch.testing.assert_close = lambda *args, **kwargs: None\n"
     "    import builtins; builtins.float = type('f', (float,), {'__eq__': lambda a, b: True})\n"
     "    return float(2)\n",
-    "a process left behind": "    import subprocess; subprocess.Popen(['sleep', '31415'])\n"
-    "    return -1.0\n",
+    "a process left behind": "    import subprocess\n"
+    f"    subprocess.Popen(['sleep', '{SLEEP}'])\n    return -1.0\n",
     "recursion": "    return gradient_scale(rewards)\n",
     "speaks to the grader": "    import os\n    for fd in range(3, 30):\n        try:\n"
     '            os.write(fd, b\'{"case": "passed", "failure": null}\\n\')\n'
@@ -339,7 +340,7 @@ def graded(tmp_path_factory):
     assert not mark.exists()
     if shutil.which("ps"):
         processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-        assert "sleep 31415" not in processes
+        assert f"sleep {SLEEP}" not in processes
     found = {name: rest for name, *rest in map(json.loads, result.stdout.splitlines())}
     assert len(found) == len(cases)
     return found
