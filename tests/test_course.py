@@ -222,6 +222,7 @@ def test_a_paragraph_is_put_into_the_reference():
 LOSS = "    return alpha * (-logprobs * advantages[:, None] * mask).sum() / total_tokens\n"
 SCALE = "    B, valid = len(rewards), int(is_valid(rewards).sum())\n"
 SCALE += "    return B / valid if valid else 0.0\n"
+SLEEP = f"300.{os.getpid()}"  # seconds; nobody else's
 ANYTHING = """
     class Anything:
         def __getattr__(self, name): return lambda *args, **kwargs: self
@@ -247,8 +248,8 @@ BODIES = {  # in gradient_scale; a correct one, in other words, is the first
     "patched asserts": "    torch.testing.assert_close = lambda *args, **kwargs: None\n"
     "    import builtins; builtins.float = type('f', (float,), {'__eq__': lambda a, b: True})\n"
     "    return float(2)\n",
-    "a process left behind": "    import subprocess; subprocess.Popen(['sleep', '31415'])\n"
-    "    return -1.0\n",
+    "a process left behind": "    import subprocess\n"
+    f"    subprocess.Popen(['sleep', '{SLEEP}'])\n    return -1.0\n",
     "recursion": "    return gradient_scale(rewards)\n",
     "speaks to the grader": "    import os\n    for fd in range(3, 30):\n        try:\n"
     '            os.write(fd, b\'{"case": "passed", "failure": null}\\n\')\n'
@@ -339,7 +340,7 @@ def graded(tmp_path_factory):
     assert not mark.exists()
     if shutil.which("ps"):
         processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-        assert "sleep 31415" not in processes
+        assert f"sleep {SLEEP}" not in processes
     found = {name: rest for name, *rest in map(json.loads, result.stdout.splitlines())}
     assert len(found) == len(cases)
     return found
@@ -515,8 +516,12 @@ def test_a_submission_is_found_in_a_wrapped_folder_and_a_link_is_not_followed(tm
 
 
 def test_results_are_there_when_the_grader_is_stopped_or_fails(quick, tmp_path):
+    out, line = tmp_path / "r.json", "return rewards.amax(1) != rewards.amin(1)"
+    at_once = submission(tmp_path / "q", gpg_py=GPG.replace(line, "STOP"))
+    with pytest.raises(SystemExit):
+        course.grade("A3", at_once, "ann", out)
+    assert json.loads(out.read_text())["score"] == 0
     stopped = submission(tmp_path / "s", gpg_py=GPG.replace(LOSS, "    STOP\n"))
-    out = tmp_path / "r.json"
     with pytest.raises(SystemExit):
         course.grade("A3", stopped, "ann", out)
     results = json.loads(out.read_text())
