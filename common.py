@@ -115,7 +115,7 @@ class Rollout:
 def sample(
     model,
     tokenizer,
-    prompts: list[str],
+    prompts: list,
     group_size: int,
     max_new_tokens: int,
     temperature: float = 1.0,

@@ -7,7 +7,7 @@ import random
 import gymnasium
 import numpy as np
 
-from .base import AnyText, TextTask
+from .base import AnyImage, AnyText, TextTask
 from .verifier import is_correct
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220)}
@@ -25,9 +25,7 @@ class Count(TextTask):
 
     def __init__(self, split: str = "train"):
         super().__init__(split)
-        side = SIDE * CELL
-        image = gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)
-        self.observation_space = gymnasium.spaces.Dict(image=image, text=AnyText())
+        self.observation_space = gymnasium.spaces.Dict(image=AnyImage(), text=AnyText())
 
     def squares(self, index: int) -> tuple[list[list[str]], str]:
         """The colours of problem `index`, row by row, and the colour that is asked for."""

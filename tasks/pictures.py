@@ -26,20 +26,19 @@ def prompt_text(prompt: str | dict) -> str:
     return prompt if isinstance(prompt, str) else prompt["text"]
 
 
-def read_image(source: str, folder: Path, where: str) -> np.ndarray:
-    """A picture file, its path relative to `folder`, or a data URI -> [H, W, 3] uint8.
+def read_image(source: str, where: str) -> np.ndarray:
+    """A picture file or a data URI -> [H, W, 3] uint8.
 
-    Raises UserError, with `where` it stands, for a file that is missing, truncated or no picture.
+    Raises UserError, with `where` it was named, for one that is missing, truncated or no picture.
     """
     try:
+        file = Path(source)
         if source.startswith(DATA_URI):
-            source = io.BytesIO(base64.b64decode(source.removeprefix(DATA_URI), validate=True))
-        else:
-            source = folder / source
-        with Image.open(source) as image:
+            file = io.BytesIO(base64.b64decode(source.removeprefix(DATA_URI), validate=True))
+        with Image.open(file) as image:
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: the picture cannot be read ({error!r:.200})") from error
+        raise UserError(f"{where}: its picture cannot be read ({error!s:.200})") from error
 
 
 def data_uri(image: np.ndarray) -> str:
@@ -52,22 +51,27 @@ def read_pictures(tokenizer, prompts: list) -> list[dict[str, Tensor] | None]:
     """Each prompt's picture as the model's inputs, None for a prompt without one.
 
     pixel_values [patches, features] and image_grid_thw [1, 3], its patches in time, height and
-    width. Raises UserError if the model is for text only, or cannot take a picture.
+    width. Prompts that are one object share them. Raises UserError if the model is for text only,
+    or cannot take a picture.
     """
-    return [None if isinstance(p, str) else picture_inputs(tokenizer, p["image"]) for p in prompts]
+    done = {id(p): picture_inputs(tokenizer, p) for p in prompts if not isinstance(p, str)}
+    return [done.get(id(p)) for p in prompts]
 
 
-def picture_inputs(tokenizer, image: np.ndarray) -> dict[str, Tensor]:
-    processor = getattr(tokenizer, "image_processor", None)
+def picture_inputs(tokenizer, prompt: dict) -> dict[str, Tensor]:
+    processor, image = getattr(tokenizer, "image_processor", None), prompt["image"]
     if processor is None:
         raise UserError(
             "the task has pictures, and this model reads text only: --model takes Qwen2-VL, "
             "Qwen2.5-VL and Qwen3-VL"
         )
+    if isinstance(image, str):
+        image = read_image(image, prompt["where"])
     try:
         return dict(processor(images=Image.fromarray(image), return_tensors="pt"))
     except ValueError as error:  # 1 x 300 pixels, for example
-        raise UserError(f"a picture of {image.shape[1]} x {image.shape[0]}: {error}") from error
+        size = " x ".join(map(str, image.shape[1::-1]))
+        raise UserError(f"a picture of {size} pixels: {error}") from error
 
 
 def image_tokens(tokenizer, picture: dict[str, Tensor]) -> int:

@@ -148,7 +148,7 @@ def warm_start(model, tokenizer, task) -> None:
         while tokens < WARM_START["tokens_per_step"]:
             prompt, picture = task.reset(seed=index)[0], None
             if isinstance(prompt, dict):
-                picture = picture_inputs(tokenizer, prompt["image"])
+                picture = picture_inputs(tokenizer, prompt)
             prompt = tokenizer(mark * (picture is not None) + prompt_text(prompt)).input_ids
             if picture is not None:
                 prompt = insert_picture(tokenizer, prompt, model.config.image_token_id, picture)
