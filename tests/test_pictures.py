@@ -17,7 +17,8 @@ from transformers import (
 import common
 import copg
 from common import UserError, completion_logprobs, make_task, read_pictures, sample
-from tasks import tiny
+from tasks import Count, tiny
+from tasks.count import COLOURS
 from tasks.pictures import data_uri, read_image
 
 TEXT = {
@@ -235,8 +236,6 @@ def test_count():
     prompt = common.get_prompts(task, [7])[0]
     rows, asked = task.unwrapped.squares(7)
     assert prompt["image"].shape == (24, 24, 3) and prompt["text"] == f"{asked}?"
-    from tasks.count import COLOURS
-
     for i in range(3):
         for j in range(3):
             block = prompt["image"][8 * i : 8 * i + 8, 8 * j : 8 * j + 8].reshape(-1, 3)
@@ -335,6 +334,16 @@ def test_bad_pictures(tmp_path, content, message, monkeypatch):
         path.write_bytes(content)
     with pytest.raises(UserError, match=f"x: its picture cannot be read .*|{message}"):
         read_image(str(path), "x")
+
+
+def test_a_picture_that_changes_is_an_error():
+    class Restless(Count):
+        def problem(self, index):
+            prompt, answer = super().problem(index)
+            return {"image": picture(8, 8, int(np.random.randint(10**6))), "text": "?"}, answer
+
+    with pytest.raises(UserError, match="gives problem 3 another prompt at every reset"):
+        common.get_rewards(Restless(), [3], ["a", "b"])
 
 
 def test_text_only_models_refuse_pictures(model_dirs):
