@@ -398,7 +398,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ("pictures of the first unique prompts", "common.py", "[rollout.pictures[i] for i in row_of]", "rollout.pictures[: len(row_of)]", "pictures"),
     ("positions of the first unique prompts", "common.py", "position[..., row_of, :]", "position[..., : len(row_of), :]", "pictures"),
     ("a sampled image token is no end", "common.py", ', getattr(model.config, "image_token_id", None)]\n', "]\n", "pictures"),
-    ("a sampled image token takes a picture", "common.py", "completion_ids = completion_ids.masked_fill(completion_ids == model.config.image_token_id, 0)", "pass", "pictures"),
+    ("a sampled image token takes a picture", "common.py", "completion_ids == model.config.image_token_id, 0", "completion_ids == -1, 0", "pictures"),
     ("the image processor is not saved", "common.py", 'if hasattr(self.tokenizer, "image_processor"):', "if False:", "pictures"),
     ("a prompt has one image token", "tasks/pictures.py", "[*row[:i], *[image_id] * n, *row[i + 1 :]]", "row", "pictures"),
     ("an image token in the text is accepted", "tasks/pictures.py", "if len(places) != (picture is not None):", "if len(places) < (picture is not None):", "pictures"),

@@ -339,7 +339,7 @@ def test_bad_pictures(tmp_path, content, message, monkeypatch):
 def test_a_picture_that_changes_is_an_error():
     class Restless(Count):
         def problem(self, index):
-            prompt, answer = super().problem(index)
+            answer = super().problem(index)[1]
             return {"image": picture(8, 8, int(np.random.randint(10**6))), "text": "?"}, answer
 
     with pytest.raises(UserError, match="gives problem 3 another prompt at every reset"):
