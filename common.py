@@ -36,10 +36,25 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DynamicCache,
+)
 from transformers.cache_utils import DynamicLayer
 
 from tasks import UserError, get_prompts, get_rewards, held_out, make_task
+from tasks.pictures import (
+    FAMILIES,
+    chat_content,
+    forward_inputs,
+    insert_picture,
+    prompt_text,
+    read_pictures,
+)
 from tasks.tiny import tiny_model
 
 # --------------------------------------------------------------------------------------------------
@@ -58,8 +73,10 @@ class Rollout:
     logprobs: Tensor  # [N, T] of each token when it was sampled; 0 where the mask is False
     truncated: Tensor  # [N] bool, True if max_new_tokens came before an EOS
     texts: list[str]  # N completions, without the EOS
+    pictures: list | None = None  # N, of the prompts; one object for the rows of a group, or None
 
     def __post_init__(self):
+        self.pictures = self.pictures or [None] * len(self.texts)
         self.prompt_mask = self.prompt_mask.bool()
         self.completion_mask = self.completion_mask.bool()
 
@@ -72,7 +89,8 @@ class Rollout:
         completion = self.completion_ids, self.completion_mask, self.logprobs
         completion = (x[index, :T] for x in completion)
         texts = [self.texts[i] for i in index.tolist()]
-        return Rollout(*prompt, *completion, self.truncated[index], texts)
+        pictures = [self.pictures[i] for i in index.tolist()]
+        return Rollout(*prompt, *completion, self.truncated[index], texts, pictures)
 
     @staticmethod
     def cat(rollouts: list[Rollout]) -> Rollout:
@@ -89,14 +107,15 @@ class Rollout:
         completion = (padded(name, left=False) for name in completion)
         truncated = torch.cat([rollout.truncated for rollout in rollouts])
         texts = [text for rollout in rollouts for text in rollout.texts]
-        return Rollout(*prompt, *completion, truncated, texts)
+        pictures = [picture for rollout in rollouts for picture in rollout.pictures]
+        return Rollout(*prompt, *completion, truncated, texts, pictures)
 
 
 @torch.no_grad()
 def sample(
     model,
     tokenizer,
-    prompts: list[str],
+    prompts: list,
     group_size: int,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -107,19 +126,22 @@ def sample(
     that has drawn an EOS leaves the batch. Raises UserError if a prompt does not fit the context.
     """
     G, T, device = group_size, max_new_tokens, model.device
-    prompt_ids, prompt_mask = encode_prompts(model, tokenizer, prompts, room=T)  # [B, P]
+    pictures = read_pictures(tokenizer, prompts)  # [B], None for a prompt without one
+    prompt_ids, prompt_mask = encode_prompts(model, tokenizer, prompts, T, pictures)  # [B, P]
+    prompt_positions = positions(prompt_mask, model, prompt_ids, pictures)  # [B, P] or [3, B, P]
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer), dtype=torch.long, device=device)
     cache = DynamicCache(config=model.config)
     training = model.training
     model.eval()  # in train mode, which checkpointing needs, transformers drops the cache
 
-    def next_logits(ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:  # [n, V]
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+    def next_logits(ids: Tensor, mask: Tensor, position: Tensor, **images) -> Tensor:  # [n, V]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, **images}
         inputs |= {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         return model(**inputs).logits[:, -1]
 
     with autocast(device):  # once around all: it keeps its bf16 copies of the weights
-        logits = next_logits(prompt_ids, prompt_mask.long(), positions(prompt_mask))  # [B, V]
+        images = forward_inputs(pictures, device)
+        logits = next_logits(prompt_ids, prompt_mask.long(), prompt_positions, **images)  # [B, V]
         repeat_cache(cache, G, room=T)
         logits = logits.repeat_interleave(G, 0)  # [N, V]
         prompt_ids = prompt_ids.repeat_interleave(G, 0)  # [N, P]
@@ -131,7 +153,7 @@ def sample(
         logprobs = torch.zeros(N, T, device=device)
         running = torch.arange(N, device=device)  # the rows without an EOS, in the cache's order
         seen = torch.cat([prompt_mask, torch.ones_like(mask)], 1).long()  # [N, P + T], no padding
-        position = prompt_mask.sum(1, keepdim=True)  # [N, 1], of the first token to draw
+        position = next_position(prompt_positions).repeat_interleave(G, 0)  # [N, 1], of a new token
         for t in range(T):
             tokens, token_logprobs = draw(logits, temperature)  # [n] for the n running rows
             ids[running, t], logprobs[running, t], mask[running, t] = tokens, token_logprobs, True
@@ -156,8 +178,9 @@ def sample(
     texts = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
     texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
     return Rollout(
-        prompt_ids, prompt_mask, ids[:, :T], mask[:, :T], logprobs[:, :T], truncated, texts
-    )
+        prompt_ids, prompt_mask, ids[:, :T], mask[:, :T], logprobs[:, :T], truncated, texts,
+        [picture for picture in pictures for _ in range(G)],
+    )  # fmt: skip
 
 
 def draw(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -175,9 +198,23 @@ def draw(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 
-def positions(mask: Tensor) -> Tensor:
-    """mask [N, L] -> position ids [N, L]: 0, 1, 2, ... from the first real token on."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+def positions(mask: Tensor, model=None, ids: Tensor | None = None, pictures=()) -> Tensor:
+    """mask [N, L] -> position ids [N, L]: 0, 1, 2, ... from the first real token on.
+
+    With pictures, [3, N, L]: an image token has a time, a row and a column (M-RoPE of Qwen2-VL,
+    arXiv 2409.12191, section 2.1), and the text goes on after the largest of them.
+    """
+    if not any(pictures):
+        return (mask.long().cumsum(1) - 1).clamp(min=0)
+    grids = forward_inputs(pictures, ids.device)["image_grid_thw"]
+    kinds = (ids == model.config.image_token_id).int()  # 1: of an image
+    return model.base_model.get_rope_index(ids, kinds, grids, attention_mask=mask.long())[0]
+
+
+def next_position(position: Tensor) -> Tensor:
+    """position ids [N, L] or [3, N, L] -> [N, 1], of the next token."""
+    position = position.amax(0) if position.ndim == 3 else position
+    return position.amax(1, keepdim=True) + 1
 
 
 class RoomyLayer(DynamicLayer):
@@ -222,30 +259,47 @@ def repeat_cache(cache: DynamicCache, repeats: int, room: int) -> None:
 
 
 def stop_token_ids(model, tokenizer) -> list[int]:
-    """The ids that end a completion: every EOS of the generation config, and the tokenizer's."""
+    """The ids that end a completion: every EOS of the generation config, the tokenizer's, and the
+    image token, of which no picture could be made."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    ids = [*ids, tokenizer.eos_token_id, getattr(model.config, "image_token_id", None)]
+    return sorted({i for i in ids if i is not None})
 
 
-def encode_prompts(model, tokenizer, prompts: list[str], room: int) -> tuple[Tensor, Tensor]:
+def encode_prompts(
+    model, tokenizer, prompts: list, room: int, pictures: list | None = None
+) -> tuple[Tensor, Tensor]:
     """-> prompt_ids and prompt_mask [B, P], through the chat template if the tokenizer has one.
 
-    Raises UserError if a prompt and `room` more tokens do not fit the model.
+    A picture has as many image tokens as the model makes vectors of it. Raises UserError if a
+    prompt and `room` more tokens do not fit the model.
     """
-    texts = prompts
+    pictures = pictures or [None] * len(prompts)
+    texts = [prompt_text(prompt) for prompt in prompts]
     if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        contents = [chat_content(t, p) for t, p in zip(texts, pictures, strict=True)]
+        chats = [[{"role": "user", "content": content}] for content in contents]
         texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    elif any(pictures):
+        ids = (
+            getattr(model.config, f"{x}_token_id") for x in ("vision_start", "image", "vision_end")
+        )
+        mark = "".join(tokenizer.convert_ids_to_tokens(list(ids)))
+        texts = [mark * (p is not None) + t for t, p in zip(texts, pictures, strict=True)]
     # A template writes its own special tokens; adding them again would give a second BOS.
     rows = tokenizer(texts, add_special_tokens=not tokenizer.chat_template).input_ids
-    check_rows(model, prompts, rows, room)
+    if any(pictures):
+        both = zip(rows, pictures, strict=True)
+        rows = [insert_picture(tokenizer, row, model.config.image_token_id, p) for row, p in both]
+    check_rows(model, [prompt_text(prompt) for prompt in prompts], rows, room)
     return pad(rows, "left", model.device)
 
 
 def check_rows(model, texts: list[str], rows: list[list[int]], room: int = 0) -> None:
     """Raises UserError for a row that is empty, beyond the context, or outside the vocabulary."""
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or math.inf
     V = model.get_input_embeddings().weight.shape[0]
     for text, row in zip(texts, rows, strict=True):
         if not row or max(row) >= V:
@@ -307,25 +361,41 @@ def predicting_states(model, rollout: Rollout, head_alone: bool) -> Tensor:
     """
     T = rollout.completion_ids.shape[1]
     mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)  # [N, P + T]
-    position = positions(mask)
+    position = positions(rollout.prompt_mask, model, rollout.prompt_ids, rollout.pictures)
+    # The position of each completion token, [N, T].
+    later = next_position(position) + positions(rollout.completion_mask)
 
-    def states(ids, mask, position, keep, cache=None):  # of the last `keep` tokens
+    def states(ids, mask, position, keep, cache=None, pictures=()):  # of the last `keep` tokens
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position}
+        inputs |= forward_inputs(pictures, ids.device)
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
         if head_alone:
             return model.base_model(**inputs).last_hidden_state[:, -keep:]
         return model(**inputs, logits_to_keep=keep).logits
 
     marked = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)  # [N, P]
-    prompts, prompt_of = marked.unique(dim=0, return_inverse=True)  # [U, P], [N]
-    if len(prompts) == len(mask) or T == 1 or model.training:  # nothing shared, or checkpointing
-        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)
-        return states(ids, mask, position, T + 1)[:, :-1]
-    cache, real = DynamicCache(config=model.config), prompts >= 0
-    first = states(prompts.clamp(min=0), real, positions(real), 1, cache)  # [U, 1, H]
+    if any(rollout.pictures):  # the same prompt has the same picture, too
+        numbers = {id(picture): i for i, picture in enumerate(rollout.pictures)}
+        picture_of = [numbers[id(picture)] for picture in rollout.pictures]
+        marked = torch.cat([marked, marked.new_tensor(picture_of)[:, None]], 1)
+    unique, prompt_of = marked.unique(dim=0, return_inverse=True)  # U of them, [N]
+    completion_ids = rollout.completion_ids
+    if any(rollout.pictures):  # a sampled image token has no picture
+        completion_ids = completion_ids.masked_fill(
+            completion_ids == model.config.image_token_id, 0
+        )
+    if len(unique) == len(mask) or T == 1 or model.training:  # nothing shared, or checkpointing
+        ids = torch.cat([rollout.prompt_ids, completion_ids], 1)
+        position = torch.cat([position, later.expand(*position.shape[:-1], T)], -1)
+        return states(ids, mask, position, T + 1, pictures=rollout.pictures)[:, :-1]
+    row_of = torch.stack([(prompt_of == u).nonzero()[0, 0] for u in range(len(unique))])  # [U]
+    cache, pictures = DynamicCache(config=model.config), [rollout.pictures[i] for i in row_of]
+    first = states(  # [U, 1, H]
+        rollout.prompt_ids[row_of], rollout.prompt_mask[row_of], position[..., row_of, :], 1, cache,
+        pictures,
+    )  # fmt: skip
     cache.reorder_cache(prompt_of)  # by index_select: indexing adds gradients in any order
-    ids = rollout.completion_ids[:, :-1]
-    rest = states(ids, mask[:, :-1], position[:, -T:-1], T - 1, cache)  # [N, T - 1, H]
+    rest = states(completion_ids[:, :-1], mask[:, :-1], later[:, :-1], T - 1, cache)  # [N, T-1, H]
     return torch.cat([first.index_select(0, prompt_of), rest], 1)
 
 
@@ -400,10 +470,14 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name)
         # The policy that is scored must be the policy that was sampled: no dropout, ever.
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        parts = [getattr(config, x, None) for x in ("text_config", "vision_config")]
+        for part in [config, *filter(None, parts)]:
+            for key, value in part.to_dict().items():
+                if "drop" in key and isinstance(value, float):
+                    setattr(part, key, 0.0)
+        sees = config.model_type in FAMILIES
+        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model, info = auto.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True
         )
         if info["missing_keys"]:
@@ -415,6 +489,8 @@ def load_model(
             raise ValueError("some of its layers keep a recurrent state, which is not supported")
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if sees:  # the one of Pillow: torchvision is not needed
+            tokenizer.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         if not chat_template:
             tokenizer.chat_template = None
         encode_prompts(model, tokenizer, ["1"], room=0)  # do tokenizer and template work at all?
@@ -663,7 +739,8 @@ class Run:
             self.row["truncated_share"] = cut.item()
             self.row["tokens_per_second"] = tokens / self.row["seconds"]
             group = zip(rollout.texts, rewards[0].tolist(), strict=False)
-            self.shown += [{"prompt": prompts[0], "completion": c, "reward": r} for c, r in group]
+            prompt = prompt_text(prompts[0])
+            self.shown += [{"prompt": prompt, "completion": c, "reward": r} for c, r in group]
             if cut > 0.1:
                 self.warn("over a tenth of the completions end at --max-new-tokens; raise it")
         shown = ("reward_mean", "valid_share", "alpha", "loss", "tokens_per_second")
@@ -701,6 +778,8 @@ class Run:
             shutil.rmtree(new, ignore_errors=True)
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
+            if hasattr(self.tokenizer, "image_processor"):
+                self.tokenizer.image_processor.save_pretrained(new)
             torch.save(state, new / "training_state.pt")
             for path in new.iterdir():
                 with path.open("rb") as file:

@@ -38,7 +38,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, logg
 import common
 from common import Rollout, UserError, count, number, positive
 from tasks import Posts, TextTask
-from tasks.jsonl import json_lines, shuffled
+from tasks.jsonl import json_lines, shuffled, with_image
+from tasks.pictures import data_uri
 from tasks.posts import PREFERENCES
 from tasks.tiny import cached_model, fit, tiny_model
 
@@ -246,14 +247,15 @@ def train(args: argparse.Namespace) -> common.Run:
     return run
 
 
-def encode(model, tokenizer, prompts: list[str], completions: list[str]) -> Rollout:
+def encode(model, tokenizer, prompts: list, completions: list[str]) -> Rollout:
     """Given completions, each ended by an EOS, as a Rollout without log-probs. Raises UserError."""
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = [row + eos for row in tokenizer(completions, add_special_tokens=False).input_ids]
     common.check_rows(model, completions, rows)
     ids, mask = common.pad(rows, "right", model.device)
-    prompt_ids, prompt_mask = common.encode_prompts(model, tokenizer, prompts, room=ids.shape[1])
-    return Rollout(prompt_ids, prompt_mask, ids, mask, 0.0 * mask, ~mask[:, 0], completions)
+    pictures = common.read_pictures(tokenizer, prompts)
+    prompt = common.encode_prompts(model, tokenizer, prompts, ids.shape[1], pictures)
+    return Rollout(*prompt, ids, mask, 0.0 * mask, ~mask[:, 0], completions, pictures)
 
 
 def records(first: int, count: int, n: int, seed: int) -> list[int]:
@@ -291,14 +293,15 @@ def evaluate(model, ref_model, tokenizer, reward_model, task, args) -> tuple[dic
                 parts[name].append(values.double().cpu().view(len(problems), k).mean(1))
             for row, text in enumerate(rollout.texts[: 8 - len(samples)]):
                 numbers = {name: round(x.flatten()[row].item(), 3) for name, x in new.items()}
-                samples.append({"prompt": prompts[row // k], "completion": text} | numbers)
+                prompt = common.prompt_text(prompts[row // k])
+                samples.append({"prompt": prompt, "completion": text} | numbers)
     figures = {}
     for name, values in parts.items():
         figures |= common.mean_and_error(name, torch.cat(values)) if values else {}
     return figures, samples
 
 
-def get_rewards(reward_model, task, problems: list[int], prompts: list[str], texts) -> Tensor:
+def get_rewards(reward_model, task, problems: list[int], prompts: list, texts) -> Tensor:
     """[P, K] rewards of P * K completions, by the reward model or, without one, by the task."""
     if not reward_model:
         return common.get_rewards(task, problems, texts)[0]
@@ -313,7 +316,7 @@ def get_rewards(reward_model, task, problems: list[int], prompts: list[str], tex
 
 @dataclass
 class Data:
-    prompts: list[str]  # n
+    prompts: list  # n, texts or dicts of an image and a text
     completions: list[list[str]]  # n lists of K
     rewards: Tensor | None = None  # [n, K]
     ref_logprobs: Tensor | None = None  # [n, K], ln pi_ref of whole completions
@@ -340,6 +343,10 @@ class Data:
         with path.open("w", encoding="utf-8") as file:
             for values in zip(*columns, strict=True):
                 record = dict(zip(names, values, strict=True))
+                if isinstance(prompt := record["prompt"], dict):
+                    image = prompt["image"]  # a path or data URI, or an array
+                    image = image if isinstance(image, str) else data_uri(image)
+                    record |= {"prompt": prompt["text"], "image": image}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -361,7 +368,7 @@ def read_data(path: str | Path) -> Data:
             raise UserError(f"{where}: needs two completions or more, or 'chosen' and 'rejected'")
         if any(not isinstance(text, str) for text in completions):
             raise UserError(f"{where}: a completion is not a text")
-        data.prompts.append(prompt)
+        data.prompts.append(with_image(record, prompt, path, where))
         data.completions.append(completions)
         data.where.append(where)
         if len(completions) != len(data.completions[0]):
@@ -420,7 +427,7 @@ def reference_logprobs(ref_model, tokenizer, data: Data, args) -> Tensor:
 class Prompts(TextTask):
     """The held-out prompts of a data file as a task. It has no reward of its own."""
 
-    def __init__(self, prompts: list[str]):
+    def __init__(self, prompts: list):
         super().__init__("test")
         self.prompts, self.size = prompts, len(prompts)
 
@@ -495,7 +502,10 @@ def load_reward_model(name: str, device, new_head: bool = False):
 
 
 def score(model, tokenizer, prompts: list[str], completions: list[str]) -> Tensor:
-    """The reward model's score of each completion of each prompt, [N]; differentiable."""
+    """The reward model's score of each completion of each prompt, [N]; differentiable. Raises
+    UserError for prompts with pictures."""
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError("--reward-model reads text only, and the prompts have pictures")
     if tokenizer.chat_template:
         chats = [
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]

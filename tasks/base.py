@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import string
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 
 
 class UserError(ValueError):
@@ -28,11 +30,22 @@ class AnyText(gymnasium.spaces.Text):
         return isinstance(x, str)
 
 
+class AnyImage(gymnasium.spaces.Box):
+    """Pictures of any size: uint8 [H, W, 3]. sample() gives a small one."""
+
+    def __init__(self):
+        super().__init__(0, 255, (8, 8, 3), np.uint8)
+
+    def contains(self, x) -> bool:
+        return isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.shape[2:] == (3,)
+
+
 class TextTask(gymnasium.Env):
     """A one-step episode: observe a prompt, act with a completion, receive a reward, terminate.
 
     Subclasses define `problem` and `reward`. The tiny model also needs `demonstration(index)`, a
-    completion of problem `index` to imitate; it need not be right.
+    completion of problem `index` to imitate; it need not be right. A prompt is a text, or with a
+    picture {"image": uint8 [H, W, 3], "text": ...}.
     """
 
     size: int | None = None  # number of problems; None: endless
@@ -42,7 +55,7 @@ class TextTask(gymnasium.Env):
         self.split = split  # "train" or "test"
         self.observation_space, self.action_space = AnyText(), AnyText()
 
-    def problem(self, index: int) -> tuple[str, str]:
+    def problem(self, index: int) -> tuple[str | dict, str]:
         """Problem `index` >= 0 as (prompt, answer). The same index gives the same problem."""
         raise NotImplementedError
 
@@ -59,4 +72,4 @@ class TextTask(gymnasium.Env):
 
     def step(self, completion: str):
         reward = self.reward(completion, self.answer)
-        return self.prompt, reward, True, False, {"answer": self.answer}
+        return copy.deepcopy(self.prompt), reward, True, False, {"answer": self.answer}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -38,13 +39,15 @@ def make_task(name: str, split: str = "train") -> gymnasium.Env:
         ) from error
 
 
-def get_prompts(task: gymnasium.Env, problems: list[int]) -> list[str]:
-    """The prompts of these problems: what reset(seed=i) gives. Raises UserError if not text."""
+def get_prompts(task: gymnasium.Env, problems: list[int]) -> list:
+    """The prompts of these problems: what reset(seed=i) gives, a text or a dict of an image and a
+    text. Raises UserError if there is no text."""
     prompts = []
     for index in problems:
         with point_at(f"problem {index}"):
             prompt, _ = task.reset(seed=index)
-        if not isinstance(prompt, str) or not prompt:
+        text = prompt.get("text") if isinstance(prompt, dict) and "image" in prompt else prompt
+        if not isinstance(text, str) or not text:
             raise UserError(f"problem {index} of the task has the prompt {prompt!r:.60}: no text")
         prompts.append(prompt)
     return prompts
@@ -64,7 +67,7 @@ def get_rewards(
     for row, completion in enumerate(completions):
         index = problems[row // G]
         (prompt,) = get_prompts(task, [index])
-        if prompt != prompts.setdefault(index, prompt):
+        if not same_prompt(prompt, prompts.setdefault(index, prompt)):
             raise UserError(f"the task gives problem {index} another prompt at every reset")
         with point_at(f"problem {index}, completion {completion!r:.200}"):
             _, reward, terminated, _, info = task.step(completion)
@@ -82,6 +85,12 @@ def get_rewards(
         rewards.append(value.item())
         solved.append(bool(info.get("solved", value > 0)))
     return torch.tensor(rewards).view(-1, G), torch.tensor(solved).view(-1, G)
+
+
+def same_prompt(a: str | dict, b: str | dict) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a["text"] == b["text"] and np.array_equal(a["image"], b["image"])
+    return isinstance(a, str) and a == b
 
 
 def held_out(task: gymnasium.Env, count: int, first: int = 0) -> list[list[int]]:

@@ -9,14 +9,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import gymnasium
 import torch
 
-from .base import TextTask, UserError, cache_dir
+from .base import AnyImage, AnyText, TextTask, UserError, cache_dir
+from .pictures import DATA_URI, read_image
 from .verifier import extract_answer, is_correct
 
 
 class JSONLines(TextTask):
-    """A file with one JSON object per line: `prompt` (or `question`) and `answer`.
+    """A file with one JSON object per line: `prompt` (or `question`) and `answer`, and `image`, the
+    path of a picture, relative to the file. Pictures are read when they are asked for.
 
     Every tenth record is held out for the test. Each training epoch has an order of its own; the
     test keeps the order of the file.
@@ -28,6 +31,8 @@ class JSONLines(TextTask):
         super().__init__(split)
         self.records = self.choose(read_records(path))  # [(prompt, answer)]
         self.size = len(self.records)
+        if any(isinstance(prompt, dict) for prompt, _ in self.records):
+            self.observation_space = gymnasium.spaces.Dict(image=AnyImage(), text=AnyText())
 
     def choose(self, records: list) -> list:
         held_out = self.split == "test"
@@ -39,7 +44,11 @@ class JSONLines(TextTask):
 
     def problem(self, index):
         question, answer = self.record(index)
-        return question + self.instruction, extract_answer(answer) if "####" in answer else answer
+        answer = extract_answer(answer) if "####" in answer else answer
+        if isinstance(question, dict):
+            image = read_image(question["image"], question["where"])
+            return {"image": image, "text": question["text"] + self.instruction}, answer
+        return question + self.instruction, answer
 
     def reward(self, completion, answer):
         return float(is_correct(completion, answer))
@@ -107,7 +116,20 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
         yield where, record
 
 
-def read_records(path: Path) -> list[tuple[str, str]]:
+def with_image(record: dict, prompt: str, path: Path, where: str) -> str | dict:
+    """The prompt of a record in the file `path`: a text, or {"image": path or data URI, "text",
+    "where"}."""
+    image = record.get("image")
+    if image is None:
+        return prompt
+    if not isinstance(image, str) or not image:
+        raise UserError(f"{where}: needs the path of a picture under 'image'")
+    if not image.startswith(DATA_URI):
+        image = str((Path(path).parent / image).resolve())
+    return {"image": image, "text": prompt, "where": where}
+
+
+def read_records(path: Path) -> list[tuple[str | dict, str]]:
     """A JSONL file as [(prompt, answer)]. Raises UserError with the number of a bad line."""
     records = []
     for where, record in json_lines(path):
@@ -117,5 +139,5 @@ def read_records(path: Path) -> list[tuple[str, str]]:
             raise UserError(f"{where}: needs a text under 'prompt' or 'question'")
         if type(answer) not in (str, int, float) or not str(answer).strip():
             raise UserError(f"{where}: needs a text or a number under 'answer'")
-        records.append((prompt, str(answer)))
+        records.append((with_image(record, prompt, path, where), str(answer)))
     return records

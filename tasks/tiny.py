@@ -20,10 +20,14 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     get_cosine_schedule_with_warmup,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .base import UserError, cache_dir
+from .pictures import forward_inputs, insert_picture, picture_inputs, prompt_text
 
 # A Llama of 0.9 million parameters, and the supervised run it starts from.
 TINY = {
@@ -37,6 +41,36 @@ TINY = {
     "tie_word_embeddings": True,
 }
 WARM_START = {"steps": 350, "tokens_per_step": 2048, "lr": 2e-3}
+
+# For tasks with pictures, a Qwen3-VL of 0.7 million parameters. One image token for 8 x 8 pixels.
+TINY_TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.06,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "mrope_section": [6, 5, 5],
+        "mrope_interleaved": True,
+    },
+}
+TINY_VISION = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    "patch_size": 4,
+    "out_hidden_size": 128,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0],
+    "initializer_range": 0.06,
+}
+VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
 def tiny_model(task: gymnasium.Env) -> str:
@@ -55,16 +89,39 @@ def tiny_model(task: gymnasium.Env) -> str:
     shown = range(size) if size else range(0, 100_000, 97)  # of an endless task, a sample
     demonstrations = [(task.reset(seed=i)[0], task.demonstration(i)) for i in shown]
 
+    sees = isinstance(demonstrations[0][0], dict)
+
     def make(directory: Path) -> None:
         tokenizer = tiny_tokenizer(words)
         special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        special |= {"vocab_size": len(tokenizer), "bos_token_id": None}
-        model = LlamaForCausalLM(LlamaConfig(**TINY, **special))
+        if sees:
+            model = tiny_vision_model(tokenizer, special)
+            tokenizer.image_processor.save_pretrained(directory)
+        else:
+            special |= {"vocab_size": len(tokenizer), "bos_token_id": None}
+            model = LlamaForCausalLM(LlamaConfig(**TINY, **special))
         warm_start(model, tokenizer, task)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
-    return cached_model(["Llama", TINY, WARM_START, words, demonstrations], make)
+    recipe = ["Qwen3-VL", TINY_TEXT, TINY_VISION] if sees else ["Llama", TINY]
+    return cached_model([*recipe, WARM_START, words, demonstrations], make)
+
+
+def tiny_vision_model(tokenizer, special: dict) -> Qwen3VLForConditionalGeneration:
+    """A new Qwen3-VL. The tokenizer gets the vision tokens and an image processor."""
+    tokenizer.add_tokens(VISION_TOKENS, special_tokens=True)
+    tokenizer.image_processor = Qwen2VLImageProcessorPil(
+        patch_size=TINY_VISION["patch_size"], size={"shortest_edge": 64, "longest_edge": 65536}
+    )
+    ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(VISION_TOKENS), strict=True))
+    config = Qwen3VLConfig(
+        text_config=TINY_TEXT | special | {"vocab_size": len(tokenizer)},
+        vision_config=TINY_VISION, tie_word_embeddings=True,
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], **special,
+    )  # fmt: skip
+    return Qwen3VLForConditionalGeneration(config)
 
 
 def tiny_tokenizer(words: list[str] | None = None):
@@ -83,20 +140,29 @@ def tiny_tokenizer(words: list[str] | None = None):
 
 def warm_start(model, tokenizer, task) -> None:
     """Supervised learning on the task's demonstrations, each seen once."""
-    index = 0
+    index, mark = 0, "<|vision_start|><|image_pad|><|vision_end|>"
 
     def batch_loss(step: int) -> Tensor:
         nonlocal index
-        rows, labels, tokens = [], [], 0
+        rows, labels, pictures, tokens = [], [], [], 0
         while tokens < WARM_START["tokens_per_step"]:
-            prompt = tokenizer(task.reset(seed=index)[0]).input_ids
+            prompt, picture = task.reset(seed=index)[0], None
+            if isinstance(prompt, dict):
+                picture = picture_inputs(tokenizer, prompt)
+            prompt = tokenizer(mark * (picture is not None) + prompt_text(prompt)).input_ids
+            if picture is not None:
+                prompt = insert_picture(tokenizer, prompt, model.config.image_token_id, picture)
+            pictures.append(picture)
             completion = [*tokenizer(task.demonstration(index)).input_ids, tokenizer.eos_token_id]
             rows.append(torch.tensor(prompt + completion))
             labels.append(torch.tensor([-100] * len(prompt) + completion))  # -100: no loss
             tokens += len(rows[-1])
             index += 1
-        ids = pad_sequence(rows, batch_first=True)
-        return model(ids, labels=pad_sequence(labels, True, -100)).loss
+        ids, labels = pad_sequence(rows, batch_first=True), pad_sequence(labels, True, -100)
+        images = forward_inputs(pictures, ids.device)
+        if images:
+            images["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        return model(ids, labels=labels, **images).loss
 
     fit(model, batch_loss, WARM_START["steps"], WARM_START["lr"], "warm-start of the tiny model")
 
@@ -116,13 +182,20 @@ def fit(model, batch_loss: Callable[[int], Tensor], steps: int, lr: float, name:
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
+def hash_of(image) -> str:
+    """A picture in a recipe."""
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
 def cached_model(recipe: list, make: Callable[[Path], None]) -> str:
     """The directory of a model that make(directory) saves: made the first time, then cached.
 
     It is named by a hash of `recipe`, which holds everything that shapes the model. A directory
     whose files are not, byte for byte, those that were written is made again.
     """
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps(recipe, sort_keys=True, default=hash_of).encode()
+    ).hexdigest()
     path = cache_dir() / f"tiny-{digest[:16]}"
 
     def checksum(folder: Path) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 import common
 import gpg
@@ -23,7 +24,7 @@ class Bigrams(torch.nn.Module):
     """A policy that sees only the token before the next one."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(max_position_embeddings=512)
+    config = PretrainedConfig(max_position_embeddings=512)
 
     def __init__(self, seed):
         super().__init__()
