@@ -313,6 +313,10 @@ def find_model(args, task=None):
     return name, tokenizer
 
 
+class Parser(common.Parser, TrlParser):
+    """TrlParser, with its complaints as one-line errors."""
+
+
 COMMANDS = {
     "gpg": (GPGArguments, GPGConfig, gpg_trainer),
     "copg": (CoPGArguments, CoPGConfig, copg_trainer),
@@ -326,7 +330,7 @@ def main(argv: list[str] | None = None) -> GPGTrainer | CoPGTrainer:
         raise UserError("say gpg or copg first, then flags: on_trl.py gpg --help shows them")
     *classes, make_trainer = COMMANDS[command]
     try:
-        args, config = TrlParser(classes, prog=f"on_trl.py {command}").parse_args_and_config(flags)
+        args, config = Parser(classes, prog=f"on_trl.py {command}").parse_args_and_config(flags)
         trainer = make_trainer(args, config)
     except ValueError as error:  # TRL's and transformers' own checks
         raise UserError(" ".join(str(error).split())) from error

@@ -3,8 +3,10 @@
 With two processes, torchrun runs this file as a script, and its first process compares.
 """
 
+import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +28,7 @@ from trl import GRPOTrainer, RLOOTrainer  # noqa: E402
 import common  # noqa: E402
 import copg  # noqa: E402
 import gpg  # noqa: E402
-from common import Rollout, UserError  # noqa: E402
+from common import Rollout  # noqa: E402
 from tasks import TextTask  # noqa: E402
 
 G, T = 4, 12
@@ -45,19 +47,14 @@ class Bytes(TextTask):
         return 0.1 if int(answer) % 3 else sum(map(ord, completion)) % 4 - 1.5
 
 
-class Dead(Bytes):
-    def reward(self, completion, answer):
-        return 0.1
-
-
-class Letters(Bytes):
-    """The share of letters from a to p: easy to learn."""
+class Fading(Bytes):
+    live = True
 
     def reward(self, completion, answer):
-        return sum("a" <= c <= "p" for c in completion) / T
+        return sum(map(ord, completion)) % 4 - 1.5 if self.live else 0.1
 
 
-for task in (Bytes, Dead, Letters):
+for task in (Bytes, Fading):
     gymnasium.register(f"{task.__name__}-v0", entry_point=task)
 
 
@@ -150,10 +147,10 @@ GPG_FLAGS = [*COMMON, "--num_generations", str(G), "--max_completion_length", st
 CASES = {  # flags, and what the rollout has to show
     "alpha": ["--beta_th", "0"],
     "no alpha": ["--beta_th", "0", "--no_alpha"],
-    "two rounds": ["--beta_th", "0.4", "--max_rounds", "2"],
+    "two rounds": ["--beta_th", "0.9", "--max_rounds", "2", "--seed", "6"],
     "more than B valid": ["--beta_th", "1", "--max_rounds", "4"],
     "std": ["--beta_th", "0", "--f_norm", "std"],
-    "accumulation": ["--beta_th", "0.4", "--gradient_accumulation_steps", "3"],
+    "accumulation": ["--beta_th", "0.9", "--max_rounds", "2", "--seed", "6"],
 }
 WRONG = {"grpo": ["--loss_type", "grpo"], "bnpo": ["--loss_type", "bnpo"]}
 
@@ -162,8 +159,7 @@ def gpg_difference(monkeypatch, directory, out, name, rows=24) -> dict:
     """The largest difference from gpg.py's gradient, over the norm of that."""
     flags = (CASES | WRONG)[name]
     if name in ("accumulation", *WRONG):
-        rows //= 3
-        flags = [*flags] + ["--gradient_accumulation_steps", "3"] * (name in WRONG)
+        rows, flags = rows // 3, [*flags, "--gradient_accumulation_steps", "3"]
     rows //= int(os.environ.get("WORLD_SIZE", "1"))
     flags = [*GPG_FLAGS, *flags, "--per_device_train_batch_size", str(rows)]
     flags += ["--model", str(directory), "--task", "Bytes-v0", "--output_dir", str(out)]
@@ -215,12 +211,12 @@ def move(model) -> None:
             p += 0.02 * torch.randn(p.shape, generator=generator)
 
 
-def torchrun(*command, **environment) -> str:
-    """Two processes; -> what they print. 29500 may be in use: torchrun chooses a port."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | environment
+def torchrun(*command, cwd=ROOT) -> str:
+    """Two processes -> what they print."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*program, *map(str, command)], capture_output=True, text=True, env=environment, cwd=ROOT
+        [*program, *map(str, command)], capture_output=True, text=True, env=environment, cwd=cwd
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -244,7 +240,7 @@ def check(name, result):
     elif name == "more than B valid":
         assert result["valid"] > result["groups"] / result["rounds"]
     else:
-        assert result["alpha"] > 1.0
+        assert result["alpha"] > 1.0 and result["rounds"] == 1 + ("--max_rounds" in CASES[name])
     share = result["valid"] / result["groups"]
     assert result["logged"] == pytest.approx([result["alpha"], result["rounds"], share])
 
@@ -259,6 +255,170 @@ def test_copg_gradient(K, directory, tmp_path, monkeypatch):
     assert copg_difference(monkeypatch, directory, tmp_path / "out", K) < 1e-5
 
 
+def dead_steps(directory, out) -> list[bool]:
+    """Two live steps, then two dead ones: does each of the four move a weight?"""
+    weights = []
+
+    class Weights(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+            Fading.live = len(weights) <= 2
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            self.on_step_begin(args, state, control, model)
+
+    flags = [*GPG_FLAGS, "--model", str(directory), "--output_dir", str(out), "--max_steps", "4"]
+    flags += ["--task", "Fading-v0", "--beta_th", "0", "--learning_rate", "1e-3"]
+    flags += ["--weight_decay", "0.1", "--warmup_steps", "0", "--max_grad_norm", "1"]
+    make = on_trl.COMMANDS["gpg"][2]
+
+    def watched(*args):
+        trainer = make(*args)
+        trainer.add_callback(Weights())
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(on_trl.COMMANDS, "gpg", (*on_trl.COMMANDS["gpg"][:2], watched))
+        trainer = on_trl.main(["gpg", *flags])
+    assert [row["alpha"] == 0 for row in trainer.state.log_history[:4]] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    return [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
+
+
+def test_a_step_without_a_valid_group_moves_nothing(directory, tmp_path):
+    assert dead_steps(directory, tmp_path / "out") == [True, True, False, False]
+
+
+def test_two_processes(directory, tmp_path):
+    names = [*CASES, "bnpo", "K=2", "K=4", "dead"]
+    printed = torchrun(__file__, directory, tmp_path, *names)
+    results = json.loads(printed.split("RESULTS")[1].splitlines()[0])
+    assert results.pop("dead") == [True, True, False, False]
+    assert results.pop("bnpo")["difference"] > 1e-3
+    assert results.pop("K=2") < 1e-5 and results.pop("K=4") < 1e-5
+    for name, result in results.items():
+        check(name, result)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_the_bridge_from_a_task(template, directory, tmp_path, monkeypatch):
+    """Prompts as gpg.py encodes them, and each completion rewarded for its own problem."""
+    model, tokenizer = common.load_model(str(directory), "cpu")
+    tokenizer.chat_template = template
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    flags = [*GPG_FLAGS, "--task", "Bytes-v0", "--per_device_train_batch_size", "24"]
+    flags += ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    _, calls, _ = run_one_step(monkeypatch, "gpg", GRPOTrainer, flags)
+    task = common.make_task("Bytes-v0")
+    prompts = common.get_prompts(task, range(40))
+    ids, mask = common.encode_prompts(model, tokenizer, prompts, room=0)
+    rows = [tuple(row[here].tolist()) for row, here in zip(ids, mask, strict=True)]
+    rewards = torch.cat(calls["rewards"]).tolist()
+    for (prompt, completion), reward in zip(itertools.chain(*calls["ids"]), rewards, strict=True):
+        text = tokenizer.decode(completion, skip_special_tokens=True)
+        problem = rows.index(tuple(prompt))
+        assert common.get_rewards(task, [problem], [text])[0].item() == pytest.approx(reward)
+    assert len({tuple(prompt) for prompt, _ in calls["ids"][0]}) == 6
+    ends = [completion[-1] == 256 for _, completion in calls["ids"][0]]
+    lengths = [len(completion) for _, completion in calls["ids"][0]]
+    assert all(end or length == T for end, length in zip(ends, lengths, strict=True))
+
+
+LETTERS = """
+import gymnasium
+from tasks import TextTask
+
+class Letters(TextTask):
+    size = 200
+
+    def problem(self, index):
+        return f"{index}", ""
+
+    def reward(self, completion, answer):
+        return sum("a" <= c <= "p" for c in completion) / 12
+
+gymnasium.register("Letters-v0", entry_point=Letters)
+"""
+
+
+def test_from_a_checkpoint_of_gpg_to_trl_and_back(directory, tmp_path, monkeypatch):
+    """25 steps with two processes, of which an evaluation sees the gain."""
+    (tmp_path / "letters.py").write_text(LETTERS)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", str(directory), "--task", "letters:Letters-v0", "--max-new-tokens", "12"]
+    flags += ["--steps", "1", "--eval-problems", "4", "--prompts", "4", "--lr", "1e-3"]
+    run = gpg.train(gpg.parse_args([*flags, "--device", "cpu", "--out", "first"]))
+    flags = [*GPG_FLAGS, "--model", str(run.checkpoint.absolute()), "--task", "letters:Letters-v0"]
+    flags += ["--learning_rate", "2e-2", "--max_steps", "25", "--warmup_steps", "2"]
+    flags += ["--per_device_train_batch_size", "16", "--max_grad_norm", "1"]
+    flags += ["--eval_strategy", "steps", "--eval_steps", "25", "--eval_on_start", "true"]
+    torchrun(ROOT / "extras" / "on_trl.py", "gpg", *flags, "--output_dir", "second", cwd=tmp_path)
+    log = json.loads(Path("second/trainer_state.json").read_text())["log_history"]
+    rewards = [row["reward"] for row in log if "reward" in row]
+    assert len(rewards) == 25 and sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2, rewards
+    before, after = (row["eval_reward"] for row in log if "eval_reward" in row)
+    assert after > before + 0.2
+    model, tokenizer = common.load_model("second", "cpu")
+    task = common.make_task("letters:Letters-v0", "test")
+    texts = common.sample(model, tokenizer, common.get_prompts(task, range(64)), 1, T).texts
+    mean = common.get_rewards(task, range(64), texts)[0].mean().item()
+    assert mean == pytest.approx(after, abs=0.1)
+
+
+PAIRS = [{"prompt": f"{i}", "completions": ["a", "b"]} for i in range(20)]
+SCORED = [row | {"rewards": [1.0, 0.0]} for row in PAIRS]
+BAD = [
+    ("", "say gpg or copg"),
+    ("sft --task add", "say gpg or copg"),
+    ("gpg --num_iterations 2", "--num_iterations"),
+    ("gpg --steps_per_generation 2", "a batch is one step"),
+    ("gpg --beta_th 2", "--beta_th"),
+    ("gpg --max_rounds 0", "--max_rounds"),
+    ("gpg --f_norm mean", "invalid choice"),
+    ("gpg --betath 1", "--betath"),
+    ("gpg --per_device_train_batch_size 12", "divisible by num_generations"),
+    ("gpg --output_dir full", "full is not empty"),
+    ("gpg --task nothing", "--task nothing"),
+    ("gpg --task Bytes-v0 --per_device_train_batch_size 400", "fewer than the groups"),
+    ("copg", "--data file.jsonl is needed"),
+    ("copg --data missing.jsonl", "missing.jsonl: cannot be read"),
+    ("copg --data pairs.jsonl", "no rewards"),
+    ("copg --data scored.jsonl --num_generations 4", "--num_generations 2 is needed"),
+    ("copg --data scored.jsonl --per_device_train_batch_size 40", "fewer than those of a step"),
+]
+
+
+@pytest.mark.parametrize("command, message", BAD, ids=lambda x: x[:30])
+def test_errors_of_the_user_are_one_line(
+    command, message, directory, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("pairs", PAIRS), ("scored", SCORED)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    extra = ["--use_cpu", "--model", str(directory)] if command[:3] in ("gpg", "cop") else []
+    with pytest.raises(SystemExit) as status, common.plain_errors("on_trl.py"):
+        on_trl.main([*command.split(), *extra])
+    error = capsys.readouterr().err
+    assert status.value.code == 2 and message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("version", [None, "1.15.0", "2.0.0"])
+def test_without_trl_it_says_what_to_install(version, monkeypatch):
+    if version:
+        monkeypatch.setattr("trl.__version__", version)
+    else:
+        monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match=r'^on_trl.py: pip install "trl==1.16.\*"$'):
+        runpy.run_path(str(ROOT / "extras" / "on_trl.py"))
+
+
 if __name__ == "__main__":
     directory, out, *names = sys.argv[1:]
     results = {}
@@ -266,6 +426,8 @@ if __name__ == "__main__":
         with pytest.MonkeyPatch.context() as patch:
             if name.startswith("K="):
                 result = copg_difference(patch, directory, f"{out}/{name}", int(name[2:]))
+            elif name == "dead":
+                result = dead_steps(directory, f"{out}/{name}")
             else:
                 result = gpg_difference(patch, directory, f"{out}/{name}", name)
         results[name] = result
