@@ -69,18 +69,20 @@ def say(default, text: str):
 
 
 @dataclass
-class GPGArguments:
+class Arguments:
     model: str = say("tiny", "tiny, a Hugging Face directory or id")
-    task: str = say("add", "add, gsm8k, file.jsonl, module:Name-v0")
     no_chat_template: bool = say(False, "give the model the bare prompt")
+
+
+@dataclass
+class GPGArguments(Arguments):
+    task: str = say("add", "add, gsm8k, file.jsonl, module:Name-v0")
     problems: int = say(8000, "training problems of a task that is endless")
 
 
 @dataclass
-class CoPGArguments:
-    model: str = say("tiny", "tiny, a Hugging Face directory or id")
+class CoPGArguments(Arguments):
     data: str | None = say(None, "file.jsonl of scored completions or preferences")
-    no_chat_template: bool = say(False, "give the model the bare prompt")
 
 
 @dataclass
@@ -93,6 +95,7 @@ class GPGConfig(GRPOConfig):
     max_rounds: int = say(4, "at most this many batches per step")
 
     loss_type: str = say("dapo", "the only one that is eq. 5")
+    scale_rewards: str = say("none", "leave it: --f_norm scales the advantages")
     disable_dropout: bool = say(True, "the policy that is scored is the policy that was sampled")
     vllm_importance_sampling_correction: bool = say(False, "eq. 5 has no ratio")
     lr_scheduler_type: str = say("constant_with_warmup", "as in gpg.py")
@@ -105,6 +108,8 @@ class GPGConfig(GRPOConfig):
         prepare(self, super().__post_init__)
         if not (0 <= self.beta_th <= 1 and self.max_rounds >= 1):
             raise UserError("--beta_th is a share, and --max_rounds is 1 or more")
+        if self.scale_rewards != "none":
+            raise UserError("--scale_rewards does nothing: --f_norm scales the advantages")
 
 
 @dataclass
@@ -237,8 +242,9 @@ def make_reward(tasks: dict, tokenizer):
 
 def gpg_trainer(args: GPGArguments, config: GPGConfig) -> GPGTrainer:
     """Raises UserError."""
-    tasks = {split: common.make_task(args.task, split) for split in ("train", "test")}
-    model, tokenizer = find_model(args, tasks["train"])
+    with config.main_process_first():  # it may have to download
+        tasks = {split: common.make_task(args.task, split) for split in ("train", "test")}
+        model, tokenizer = find_model(args, tasks["train"])
     size = getattr(tasks["train"].unwrapped, "size", None) or args.problems
     if size * config.num_generations < config.generation_batch_size:
         raise UserError(f"--task {args.task}: {size} problems are fewer than the groups of a step")
@@ -293,7 +299,8 @@ def copg_trainer(args: CoPGArguments, config: CoPGConfig) -> CoPGTrainer:
         raise UserError(f"--num_generations {K} is needed: {args.data} has {K} per prompt")
     if n * K < config.generation_batch_size:
         raise UserError(f"{args.data}: {n} training prompts are fewer than those of a step")
-    model, tokenizer = find_model(args)
+    with config.main_process_first():
+        model, tokenizer = find_model(args)
     columns = {"prompt": as_chats(data.prompts, tokenizer), "texts": data.completions}
     dataset = Dataset.from_dict(columns | {"scores": data.rewards.tolist()})
     return CoPGTrainer(model, given_reward, config, dataset, processing_class=tokenizer)
@@ -306,7 +313,7 @@ def copg_trainer(args: CoPGArguments, config: CoPGConfig) -> CoPGTrainer:
 
 def find_model(args, task=None):
     """-> (name, tokenizer). By its name, ZeRO-3 can load a model in pieces."""
-    name = tiny_model(task or common.make_task("posts")) if args.model == "tiny" else args.model
+    name = tiny_model(task or common.make_task("add")) if args.model == "tiny" else args.model
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if args.no_chat_template:
         tokenizer.chat_template = None
@@ -332,7 +339,7 @@ def main(argv: list[str] | None = None) -> GPGTrainer | CoPGTrainer:
     try:
         args, config = Parser(classes, prog=f"on_trl.py {command}").parse_args_and_config(flags)
         trainer = make_trainer(args, config)
-    except ValueError as error:  # TRL's and transformers' own checks
+    except (ValueError, OSError) as error:  # TRL's and transformers' own checks
         raise UserError(" ".join(str(error).split())) from error
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()  # a Hugging Face directory: output_dir
