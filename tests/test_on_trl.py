@@ -213,17 +213,6 @@ def move(model) -> None:
             p += 0.02 * torch.randn(p.shape, generator=generator)
 
 
-def torchrun(*command, cwd=ROOT) -> str:
-    """Two processes -> what they print."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*program, *map(str, command)], capture_output=True, text=True, env=environment, cwd=cwd
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.fixture
 def directory(model_dirs):
     return model_dirs["qwen2"]
@@ -303,15 +292,79 @@ def test_a_step_without_a_valid_group_moves_nothing(deepspeed, directory, tmp_pa
     assert dead_steps(directory, tmp_path / "out", deepspeed) == MOVES
 
 
-def test_two_processes(directory, tmp_path):
-    names = [*CASES, "bnpo", "K=2", "K=4", "dead"]
-    printed = torchrun(__file__, directory, tmp_path, *names)
-    results = json.loads(printed.split("RESULTS")[1].splitlines()[0])
-    assert results.pop("dead") == MOVES
-    assert results.pop("bnpo")["difference"] > 1e-3
-    assert results.pop("K=2") < 1e-5 and results.pop("K=4") < 1e-5
-    for name, result in results.items():
-        check(name, result)
+LETTERS = """
+import gymnasium
+from tasks import TextTask
+
+class Letters(TextTask):
+    size = 64
+
+    def problem(self, index):
+        return f"{index}", ""
+
+    def reward(self, completion, answer):
+        return sum("a" <= c <= "p" for c in completion) / 12
+
+gymnasium.register("Letters-v0", entry_point=Letters)
+"""
+LEARN = [
+    *GPG_FLAGS, "--model", "first/checkpoint", "--task", "letters:Letters-v0", "--output_dir",
+    "second", "--learning_rate", "3e-3", "--max_steps", "25", "--warmup_steps", "2",
+    "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64",
+    "--max_grad_norm", "1", "--logging_steps", "5", "--eval_strategy", "steps", "--eval_steps",
+    "25", "--eval_on_start", "true",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_processes(model_dirs, tmp_path_factory):
+    """All that two processes do, in one start: -> (what they print, their folder)."""
+    folder, directory = tmp_path_factory.mktemp("two"), model_dirs["qwen2"]
+    (folder / "letters.py").write_text(LETTERS)
+    flags = ["--model", str(directory), "--task", "letters:Letters-v0", "--max-new-tokens", "12"]
+    flags += ["--steps", "1", "--eval-problems", "4", "--prompts", "4", "--lr", "1e-3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        gpg.train(gpg.parse_args([*flags, "--device", "cpu", "--out", "first"]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    names = [*CASES, "bnpo", "K=2", "K=4", "dead", "learn"]
+    result = subprocess.run(
+        [*program, __file__, str(directory), str(folder), *names],
+        capture_output=True, text=True, env=environment, cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.split("RESULTS")[1].splitlines()[0]), folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gpg_gradient_with_two_processes(name, two_processes):
+    check(name, two_processes[0][name])
+
+
+def test_copg_and_the_rest_with_two_processes(two_processes):
+    results, _ = two_processes
+    assert results["K=2"] < 1e-5 and results["K=4"] < 1e-5
+    assert results["bnpo"]["difference"] > 1e-3
+    assert results["dead"] == MOVES
+
+
+def test_from_a_checkpoint_of_gpg_to_trl_and_back(two_processes, monkeypatch):
+    """Two processes learn in 25 steps, from gpg.py's directory to one that gpg.py loads."""
+    monkeypatch.chdir(two_processes[1])
+    log = json.loads(Path("second/trainer_state.json").read_text())["log_history"]
+    rewards = [row["reward"] for row in log if "reward" in row]  # each a mean of five steps
+    assert len(rewards) == 5 and rewards[-1] > rewards[0] + 0.2, rewards
+    before, after = (row["eval_reward"] for row in log if "eval_reward" in row)
+    assert after > before + 0.2
+    (first, _), (model, tokenizer) = (
+        common.load_model(x, "cpu") for x in ("first/checkpoint", "second")
+    )
+    assert 0 < (first.lm_head.weight - model.lm_head.weight).abs().max() < 25 * 3e-3 * 2
+    task = common.make_task("letters:Letters-v0", "test")
+    texts = common.sample(model, tokenizer, common.get_prompts(task, range(64)), 1, T).texts
+    mean = common.get_rewards(task, range(64), texts)[0].mean().item()
+    assert mean == pytest.approx(after, abs=0.1)
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
@@ -337,49 +390,6 @@ def test_the_bridge_from_a_task(template, directory, tmp_path, monkeypatch):
     ends = [completion[-1] == 256 for _, completion in calls["ids"][0]]
     lengths = [len(completion) for _, completion in calls["ids"][0]]
     assert all(end or length == T for end, length in zip(ends, lengths, strict=True))
-
-
-LETTERS = """
-import gymnasium
-from tasks import TextTask
-
-class Letters(TextTask):
-    size = 64
-
-    def problem(self, index):
-        return f"{index}", ""
-
-    def reward(self, completion, answer):
-        return sum("a" <= c <= "p" for c in completion) / 12
-
-gymnasium.register("Letters-v0", entry_point=Letters)
-"""
-
-
-def test_from_a_checkpoint_of_gpg_to_trl_and_back(directory, tmp_path, monkeypatch):
-    """25 steps with two processes, of which an evaluation sees the gain."""
-    (tmp_path / "letters.py").write_text(LETTERS)
-    monkeypatch.chdir(tmp_path)
-    flags = ["--model", str(directory), "--task", "letters:Letters-v0", "--max-new-tokens", "12"]
-    flags += ["--steps", "1", "--eval-problems", "4", "--prompts", "4", "--lr", "1e-3"]
-    run = gpg.train(gpg.parse_args([*flags, "--device", "cpu", "--out", "first"]))
-    flags = [*GPG_FLAGS, "--model", str(run.checkpoint.absolute()), "--task", "letters:Letters-v0"]
-    flags += ["--learning_rate", "3e-3", "--max_steps", "25", "--warmup_steps", "2"]
-    flags += ["--per_device_train_batch_size", "16", "--max_grad_norm", "1"]
-    flags += ["--logging_steps", "5"]
-    flags += ["--eval_strategy", "steps", "--eval_steps", "25", "--eval_on_start", "true"]
-    flags += ["--per_device_eval_batch_size", "64"]
-    torchrun(ROOT / "extras" / "on_trl.py", "gpg", *flags, "--output_dir", "second", cwd=tmp_path)
-    log = json.loads(Path("second/trainer_state.json").read_text())["log_history"]
-    rewards = [row["reward"] for row in log if "reward" in row]
-    assert len(rewards) == 5 and rewards[-1] > rewards[0] + 0.2, rewards
-    before, after = (row["eval_reward"] for row in log if "eval_reward" in row)
-    assert after > before + 0.2
-    model, tokenizer = common.load_model("second", "cpu")
-    task = common.make_task("letters:Letters-v0", "test")
-    texts = common.sample(model, tokenizer, common.get_prompts(task, range(64)), 1, T).texts
-    mean = common.get_rewards(task, range(64), texts)[0].mean().item()
-    assert mean == pytest.approx(after, abs=0.1)
 
 
 SECTION = (ROOT / "README.md").read_text().split("## More than one GPU")[1].split("\n## ")[0]
@@ -463,6 +473,9 @@ if __name__ == "__main__":
                 result = copg_difference(patch, directory, f"{out}/{name}", int(name[2:]))
             elif name == "dead":
                 result = dead_steps(directory, f"{out}/{name}")
+            elif name == "learn":
+                patch.setattr(sys, "argv", ["on_trl.py", "gpg", *LEARN])
+                result = runpy.run_path(on_trl.__file__, run_name="__main__") and "done"
             else:
                 result = gpg_difference(patch, directory, f"{out}/{name}", name)
         results[name] = result
