@@ -178,11 +178,11 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ),
     (
         "only the tokenizer's EOS stops", "common.py",
-        "for i in [*ids, tokenizer.eos_token_id]", "for i in [tokenizer.eos_token_id]", "sampling",
+        "ids = [*ids, tokenizer.eos_token_id, ", "ids = [tokenizer.eos_token_id, ", "sampling",
     ),
     (
         "scored one position late", "common.py",
-        "position, T + 1)[:, :-1]", "position, T)", "sampling",
+        "T + 1, pictures=rollout.pictures)[:, :-1]", "T, pictures=rollout.pictures)", "sampling",
     ),
     (
         "scored one position late after a shared prompt", "common.py",
@@ -194,8 +194,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ),
     (
         "a shared prompt's padding read", "common.py",
-        "real = DynamicCache(config=model.config), prompts >= 0",
-        "real = DynamicCache(config=model.config), prompts >= -1", "sampling",
+        "rollout.prompt_mask[row_of],", "rollout.prompt_mask[row_of] | True,", "sampling",
     ),
     (
         "gradients of a shared prompt in any order", "common.py",
@@ -355,7 +354,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ("CoPG: KL per token", "copg.py", "(rollout.logprobs - ref).sum(1)", "(rollout.logprobs - ref).mean(1)", "train copg"),
     ("CoPG: held-out rewards kept", "copg.py", "        rest.rewards = None if self.rewards is None else self.rewards[index]\n", "        rest.rewards = None if self.rewards is None else self.rewards[: len(index)]\n", "train copg"),
     ("reward model: a new head is accepted", "copg.py", "if wrong and not new_head:", "if False:", "train copg"),
-    ("a prompt that changes is accepted", "tasks/episodes.py", "if prompt != prompts.setdefault(index, prompt):", "if False:", "tasks"),
+    ("a prompt that changes is accepted", "tasks/episodes.py", "if not same_prompt(prompt, prompts.setdefault(index, prompt)):", "if False:", "tasks"),
     ("an endless episode is accepted", "tasks/episodes.py", "if not terminated:", "if False:", "tasks"),
     ("infinite rewards are accepted", "tasks/episodes.py", "value.ndim or not value.isfinite()", "value.ndim", "tasks"),
     ("imitates the prompt too", "tasks/tiny.py", "[-100] * len(prompt) + completion", "prompt + completion", "tasks"),
