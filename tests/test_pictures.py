@@ -294,6 +294,17 @@ def test_a_trained_model_needs_its_picture(monkeypatch):
     assert accuracy([prompt | {"image": 0 * prompt["image"]} for prompt in shown]) < 0.5
 
 
+def test_given_completions_are_scored_with_their_pictures(tiny_directory):
+    model, tokenizer = common.load_model(tiny_directory, "cpu")
+    a, b = common.get_prompts(make_task("count"), [1, 2])
+    rollout = copg.encode(model, tokenizer, [a, a, b, b], ["1", "2", "1", "2"])
+    pictures = rollout.pictures
+    assert pictures[0] is pictures[1] and pictures[2] is pictures[3]
+    for picture, prompt in ((pictures[0], a), (pictures[2], b)):
+        expected = tokenizer.image_processor(Image.fromarray(prompt["image"]))["pixel_values"]
+        assert np.array_equal(picture["pixel_values"].numpy(), np.array(expected))
+
+
 @pytest.mark.parametrize("script", ["gpg.py", "grpo.py", "copg.py"])
 def test_scripts_run_resume_and_keep_the_image_processor(
     script, tiny_directory, tmp_path, monkeypatch
