@@ -30,6 +30,8 @@ HINTS = {
     "cache: your samples do not see the prompt. Change to eval mode, and back.",
     "position stands still": "Each new token has the next position. In your sampler all have the "
     "first one's.",
+    "positions of the first unique prompts": "You score completions with the positions of other "
+    "prompts: select positions as you select prompts.",
     "cached prompts in the wrong order": "Rows are prompt-major: the G rows of a prompt are "
     "adjacent. The first logits of yours come in another order.",
     "cache keeps the wrong rows": "When rows end, the cache has to keep the rows that go on. Yours "
@@ -165,4 +167,11 @@ HINTS = {
 
 EXEMPT = {  # wrong versions that lose no points, and why
     "gradients of a shared prompt in any order": "equal but for rounding",
-}
+} | dict.fromkeys(
+    (
+        "pictures: one-dimensional positions", "pictures of the wrong group",
+        "pictures left out of the same prompt", "pictures of the first unique prompts",
+        "a sampled image token takes a picture",
+    ),
+    "A2 has no pictures",
+)  # fmt: skip
