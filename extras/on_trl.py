@@ -18,13 +18,15 @@ RLOOTrainer into CoPG, with the functions of gpg.py and copg.py.
 | prompts of further rounds            | the same data set, in an order of its own               |
 | the learning rate's warm-up          | begins at 0, so that the first step moves nothing       |
 | models with absolute positions       | (GPT-2) TRL counts the padding of a prompt: not for it  |
-| a prompt that does not fit           | the model's own error                                   |
+| a prompt beyond the model's context  | is not refused                                          |
+| a step without a valid group         | skipped, too; DeepSpeed: made, at a learning rate of 0  |
 | runs, metrics, resuming              | those of TRL: --output_dir, --report_to ...             |
 
     accelerate launch extras/on_trl.py gpg  --model Qwen/Qwen2.5-7B-Instruct --task gsm8k
     accelerate launch extras/on_trl.py copg --model Qwen/Qwen2.5-7B-Instruct --data pairs.jsonl
 
-Every flag of TRL's GRPOConfig or RLOOConfig works, too; its --beta is CoPG's.
+Every flag of TRL's GRPOConfig or RLOOConfig works, too; its --beta is CoPG's. For GPG,
+--eval_strategy steps evaluates on 200 held-out problems: eval_reward and eval_solved.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ class GPGConfig(GRPOConfig):
 class CoPGConfig(RLOOConfig):
     """TRL's flags with the values of copg.py."""
 
-    beta: float = say(0.06, "of eq. 2 (default: the best one of the paper)")
+    beta: float = say(0.06, "of eq. 2; .06 is the best one of the paper")
     disable_dropout: bool = say(True, "the policy and its reference are compared without noise")
     lr_scheduler_type: str = say("constant_with_warmup", "as in copg.py")
     warmup_steps: float = say(0.1, "as in copg.py")

@@ -428,8 +428,11 @@ def test_the_readme_names_options_that_exist_with_these_values():
 def test_the_commands_of_the_readme_parse():
     commands = re.findall(r"accelerate launch (.*)extras/on_trl.py (gpg|copg)(.*)", SECTION)
     assert {command for _, command, _ in commands} == {"gpg", "copg"}
+    zero3 = re.search(r'ZERO3="(.*)"', SECTION)[1]
     for launch, command, flags in commands:
+        launch = launch.replace("$ZERO3", zero3)
         parsed = launch_command_parser().parse_args([*launch.split(), "script"])
+        assert parsed.num_processes == 8 and parsed.zero_stage == 3
         assert parsed.training_script == "script"
         parser = on_trl.Parser(on_trl.COMMANDS[command][:2])
         _, unknown = parser.parse_known_args(flags.split())
