@@ -18,6 +18,7 @@ RLOOTrainer into CoPG, with the functions of gpg.py and copg.py.
 | prompts of further rounds            | the same data set, in an order of its own               |
 | the learning rate's warm-up          | begins at 0, so that the first step moves nothing       |
 | models with absolute positions       | (GPT-2) TRL counts the padding of a prompt: not for it  |
+| CoPG's ln pi_ref                     | computed at every step; the file's own is not read      |
 | a prompt beyond the model's context  | is not refused                                          |
 | a step without a valid group         | skipped, too; DeepSpeed: made, at a learning rate of 0  |
 | runs, metrics, resuming              | those of TRL: --output_dir, --report_to ...             |
@@ -334,9 +335,10 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> GPGTrainer | CoPGTrainer:
     """Raises UserError."""
-    command, *flags = (sys.argv[1:] if argv is None else argv) or [""]
-    if command not in COMMANDS:
-        raise UserError("say gpg or copg first, then flags: on_trl.py gpg --help shows them")
+    argv = sys.argv[1:] if argv is None else argv
+    parser = common.Parser("on_trl.py", description="GPG and CoPG on TRL's trainers.")
+    parser.add_argument("command", choices=COMMANDS, help="then flags: gpg --help shows them")
+    command, flags = parser.parse_args(argv[:1]).command, argv[1:]
     *classes, make_trainer = COMMANDS[command]
     try:
         args, config = Parser(classes, prog=f"on_trl.py {command}").parse_args_and_config(flags)

@@ -442,8 +442,8 @@ def test_the_commands_of_the_readme_parse():
 PAIRS = [{"prompt": f"{i}", "completions": ["a", "b"]} for i in range(20)]
 SCORED = [row | {"rewards": [1.0, 0.0]} for row in PAIRS]
 BAD = [
-    ("", "say gpg or copg"),
-    ("sft --task add", "say gpg or copg"),
+    ("", "required: command"),
+    ("sft --task add", "invalid choice: 'sft'"),
     ("gpg --num_iterations 2", "--num_iterations"),
     ("gpg --steps_per_generation 2", "a batch is one step"),
     ("gpg --beta_th 2", "--beta_th"),
