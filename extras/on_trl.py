@@ -32,6 +32,7 @@ Every flag of TRL's GRPOConfig or RLOOConfig works, too; its --beta is CoPG's. F
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -136,6 +137,8 @@ def prepare(config, trl_checks) -> None:
     if config.bf16 is None:  # as in common.autocast; the weights are fp32
         config.bf16 = torch.cuda.is_available() and not config.fp16
     trl_checks()
+    if int(os.environ.get("WORLD_SIZE", "1")) != config.world_size:  # accelerate says nothing
+        raise UserError("the processes do not see each other; without a GPU, add --use_cpu")
     if config.num_iterations != 1:
         raise UserError("--num_iterations: GPG and CoPG make one update per batch")
     if config.steps_per_generation != config.gradient_accumulation_steps:

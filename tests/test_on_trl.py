@@ -30,7 +30,7 @@ from trl import GRPOTrainer, RLOOTrainer  # noqa: E402
 import common  # noqa: E402
 import copg  # noqa: E402
 import gpg  # noqa: E402
-from common import Rollout  # noqa: E402
+from common import Rollout, UserError  # noqa: E402
 from tasks import TextTask  # noqa: E402
 
 G, T = 4, 12
@@ -477,6 +477,13 @@ def test_errors_of_the_user_are_one_line(
         on_trl.main([*command.split(), *extra])
     error = capsys.readouterr().err
     assert status.value.code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_processes_that_do_not_see_each_other(directory, monkeypatch):
+    """Without --use_cpu, each of torchrun's processes would train alone, into one directory."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--use_cpu"):
+        on_trl.main(["gpg", "--model", str(directory)])
 
 
 @pytest.mark.parametrize("version", [None, "1.15.0", "2.0.0"])
