@@ -18,17 +18,21 @@ RLOOTrainer into CoPG, with the functions of gpg.py and copg.py.
 | prompts of further rounds            | the same data set, in an order of its own               |
 | the learning rate's warm-up          | begins at 0, so that the first step moves nothing       |
 | models with absolute positions       | (GPT-2) TRL counts the padding of a prompt: not for it  |
-| a prompt that does not fit           | the model's own error                                   |
+| CoPG's ln pi_ref                     | computed at every step; the file's own is not read      |
+| a prompt beyond the model's context  | is not refused                                          |
+| a step without a valid group         | skipped, too; DeepSpeed: made, at a learning rate of 0  |
 | runs, metrics, resuming              | those of TRL: --output_dir, --report_to ...             |
 
     accelerate launch extras/on_trl.py gpg  --model Qwen/Qwen2.5-7B-Instruct --task gsm8k
     accelerate launch extras/on_trl.py copg --model Qwen/Qwen2.5-7B-Instruct --data pairs.jsonl
 
-Every flag of TRL's GRPOConfig or RLOOConfig works, too; its --beta is CoPG's.
+Every flag of TRL's GRPOConfig or RLOOConfig works, too; its --beta is CoPG's. For GPG,
+--eval_strategy steps evaluates on 200 held-out problems: eval_reward and eval_solved.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -116,7 +120,7 @@ class GPGConfig(GRPOConfig):
 class CoPGConfig(RLOOConfig):
     """TRL's flags with the values of copg.py."""
 
-    beta: float = say(0.06, "of eq. 2 (default: the best one of the paper)")
+    beta: float = say(0.06, "of eq. 2; .06 is the best one of the paper")
     disable_dropout: bool = say(True, "the policy and its reference are compared without noise")
     lr_scheduler_type: str = say("constant_with_warmup", "as in copg.py")
     warmup_steps: float = say(0.1, "as in copg.py")
@@ -133,6 +137,8 @@ def prepare(config, trl_checks) -> None:
     if config.bf16 is None:  # as in common.autocast; the weights are fp32
         config.bf16 = torch.cuda.is_available() and not config.fp16
     trl_checks()
+    if int(os.environ.get("WORLD_SIZE", "1")) != config.world_size:  # accelerate says nothing
+        raise UserError("the processes do not see each other; without a GPU, add --use_cpu")
     if config.num_iterations != 1:
         raise UserError("--num_iterations: GPG and CoPG make one update per batch")
     if config.steps_per_generation != config.gradient_accumulation_steps:
@@ -332,9 +338,10 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> GPGTrainer | CoPGTrainer:
     """Raises UserError."""
-    command, *flags = (sys.argv[1:] if argv is None else argv) or [""]
-    if command not in COMMANDS:
-        raise UserError("say gpg or copg first, then flags: on_trl.py gpg --help shows them")
+    argv = sys.argv[1:] if argv is None else argv
+    parser = common.Parser("on_trl.py", description="GPG and CoPG on TRL's trainers.")
+    parser.add_argument("command", choices=COMMANDS, help="then flags: gpg --help shows them")
+    command, flags = parser.parse_args(argv[:1]).command, argv[1:]
     *classes, make_trainer = COMMANDS[command]
     try:
         args, config = Parser(classes, prog=f"on_trl.py {command}").parse_args_and_config(flags)

@@ -30,7 +30,7 @@ from trl import GRPOTrainer, RLOOTrainer  # noqa: E402
 import common  # noqa: E402
 import copg  # noqa: E402
 import gpg  # noqa: E402
-from common import Rollout  # noqa: E402
+from common import Rollout, UserError  # noqa: E402
 from tasks import TextTask  # noqa: E402
 
 G, T = 4, 12
@@ -428,8 +428,11 @@ def test_the_readme_names_options_that_exist_with_these_values():
 def test_the_commands_of_the_readme_parse():
     commands = re.findall(r"accelerate launch (.*)extras/on_trl.py (gpg|copg)(.*)", SECTION)
     assert {command for _, command, _ in commands} == {"gpg", "copg"}
+    zero3 = re.search(r'ZERO3="(.*)"', SECTION)[1]
     for launch, command, flags in commands:
+        launch = launch.replace("$ZERO3", zero3)
         parsed = launch_command_parser().parse_args([*launch.split(), "script"])
+        assert parsed.num_processes == 8 and parsed.zero_stage == 3
         assert parsed.training_script == "script"
         parser = on_trl.Parser(on_trl.COMMANDS[command][:2])
         _, unknown = parser.parse_known_args(flags.split())
@@ -439,8 +442,8 @@ def test_the_commands_of_the_readme_parse():
 PAIRS = [{"prompt": f"{i}", "completions": ["a", "b"]} for i in range(20)]
 SCORED = [row | {"rewards": [1.0, 0.0]} for row in PAIRS]
 BAD = [
-    ("", "say gpg or copg"),
-    ("sft --task add", "say gpg or copg"),
+    ("", "required: command"),
+    ("sft --task add", "invalid choice: 'sft'"),
     ("gpg --num_iterations 2", "--num_iterations"),
     ("gpg --steps_per_generation 2", "a batch is one step"),
     ("gpg --beta_th 2", "--beta_th"),
@@ -474,6 +477,13 @@ def test_errors_of_the_user_are_one_line(
         on_trl.main([*command.split(), *extra])
     error = capsys.readouterr().err
     assert status.value.code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_processes_that_do_not_see_each_other(directory, monkeypatch):
+    """Without --use_cpu, each of torchrun's processes would train alone, into one directory."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--use_cpu"):
+        on_trl.main(["gpg", "--model", str(directory)])
 
 
 @pytest.mark.parametrize("version", [None, "1.15.0", "2.0.0"])
