@@ -318,7 +318,7 @@ LETTERS = """
 import gymnasium
 from tasks import TextTask
 
-class Letters(TextTask):
+class Vowels(TextTask):
     size = 64
 
     def problem(self, index):
@@ -327,10 +327,10 @@ class Letters(TextTask):
     def reward(self, completion, answer):
         return sum("a" <= c <= "p" for c in completion) / (12 if self.split == "train" else 24)
 
-gymnasium.register("Letters-v0", entry_point=Letters)
+gymnasium.register("Vowels-v0", entry_point=Vowels)
 """
 LEARN = [
-    *GPG_FLAGS, "--model", "first/checkpoint", "--task", "letters:Letters-v0", "--output_dir",
+    *GPG_FLAGS, "--model", "first/checkpoint", "--task", "letters:Vowels-v0", "--output_dir",
     "second", "--learning_rate", "3e-3", "--max_steps", "25", "--warmup_steps", "2",
     "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64",
     "--max_grad_norm", "1", "--logging_steps", "5", "--eval_strategy", "steps", "--eval_steps",
@@ -343,7 +343,7 @@ def two_processes(model_dirs, tmp_path_factory):
     """All that two processes do, in one start: -> (what they print, their folder)."""
     folder, directory = tmp_path_factory.mktemp("two"), model_dirs["qwen2"]
     (folder / "letters.py").write_text(LETTERS)
-    flags = ["--model", str(directory), "--task", "letters:Letters-v0", "--max-new-tokens", "12"]
+    flags = ["--model", str(directory), "--task", "letters:Vowels-v0", "--max-new-tokens", "12"]
     flags += ["--steps", "1", "--eval-problems", "4", "--prompts", "4", "--lr", "1e-3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -383,7 +383,7 @@ def test_from_a_checkpoint_of_gpg_to_trl_and_back(two_processes, monkeypatch):
         common.load_model(x, "cpu") for x in ("first/checkpoint", "second")
     )
     assert 0 < (first.lm_head.weight - model.lm_head.weight).abs().max() < 25 * 3e-3 * 2
-    task = common.make_task("letters:Letters-v0", "test")
+    task = common.make_task("letters:Vowels-v0", "test")
     texts = common.sample(model, tokenizer, common.get_prompts(task, range(64)), 1, T).texts
     mean = common.get_rewards(task, range(64), texts)[0].mean().item()
     assert mean == pytest.approx(after, abs=0.1)
