@@ -292,11 +292,14 @@ def test_threshold(stage, flags, rounds, alpha):
 
 @pytest.mark.parametrize("script, flags", [(gpg, ["--beta-th", 0]), (grpo, ["--kl-beta", 0])])
 def test_shares_of_right_and_wrong_groups(stage, script, flags):
-    """Figure 2 of the paper. The rewards of a dead group are -1, 0, 1, 2 or 3."""
-    stage.plan = [[0, 0, 1, 0, 0, 0, 0, 0]]
+    """Figure 2 of the paper. The rewards of a dead group are -1, 0, 1, 2 or 3; those of a valid one
+    may be below 0."""
+    stage.plan = [[1, 0, 1, 0, 0, 1, 1, 0]]
     _, rows, _ = stage.train(script, *SMALL, *flags, "--prompts", 8, "--steps", 1)
     shares = [rows[1][column] for column in ("valid_share", "all_right", "all_wrong")]
-    assert shares == [1 / 8, 3 / 8, 4 / 8]
+    assert shares == [4 / 8, 3 / 8, 1 / 8]
+    first = [group[0].reward for group in stage.samples[0]["groups"]]
+    assert min(first[0], first[5], first[6]) < 0 < max(first[0], first[5], first[6])
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-alpha"]])
