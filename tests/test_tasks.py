@@ -660,12 +660,13 @@ def test_exact_words():
     for i in range(300):
         (prompt,), n = get_prompts(task, [i]), int(task.unwrapped.answer)
         assert f"with exactly {n} words." in prompt and 4 <= n <= 9
-    sentences = ["a b c d e f.", "a b c d e f", "a b c.", "a b c", "a. b", "", "a " * 12 + "."]
+    sentences = ["a b c d e f.", "a b c d e f", "a b c.", "a b c", "a. b", "a b c d e."]
+    sentences += ["", "a " * 12 + "."]
     i = next(i for i in range(99) if "exactly 6" in get_prompts(task, [i])[0])
     rewards, solved = get_rewards(task, [i], sentences)
-    expected = [1, 0.5, 0.5, 0.25, 1 / 6, 0, 0]
+    expected = [1, 0.5, 0.5, 0.25, 1 / 6, 5 / 6, 0, 0]
     assert rewards[0].tolist() == pytest.approx(expected)
-    assert solved[0].tolist() == [True] + [False] * 6
+    assert solved[0].tolist() == [True] + [False] * 7
     topics = [{get_prompts(env, [i])[0].split(" with ")[0] for i in range(2000)}
               for env in (task, test)]  # fmt: skip
     assert not topics[0] & topics[1] and (len(topics[0]), len(topics[1])) == (88, 23)
