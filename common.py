@@ -52,6 +52,7 @@ from tasks.pictures import (
     chat_content,
     forward_inputs,
     insert_picture,
+    picture_mark,
     prompt_text,
     read_pictures,
 )
@@ -206,7 +207,7 @@ def positions(mask: Tensor, model=None, ids: Tensor | None = None, pictures=()) 
     """
     if not any(pictures):
         return (mask.long().cumsum(1) - 1).clamp(min=0)
-    grids = forward_inputs(pictures, ids.device)["image_grid_thw"]
+    grids = torch.cat([p["image_grid_thw"] for p in pictures if p is not None]).to(ids.device)
     kinds = (ids == model.config.image_token_id).int()  # 1: of an image
     return model.base_model.get_rope_index(ids, kinds, grids, attention_mask=mask.long())[0]
 
@@ -282,10 +283,7 @@ def encode_prompts(
         chats = [[{"role": "user", "content": content}] for content in contents]
         texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     elif any(pictures):
-        ids = (
-            getattr(model.config, f"{x}_token_id") for x in ("vision_start", "image", "vision_end")
-        )
-        mark = "".join(tokenizer.convert_ids_to_tokens(list(ids)))
+        mark = picture_mark(tokenizer, model.config)
         texts = [mark * (p is not None) + t for t, p in zip(texts, pictures, strict=True)]
     # A template writes its own special tokens; adding them again would give a second BOS.
     rows = tokenizer(texts, add_special_tokens=not tokenizer.chat_template).input_ids
@@ -361,9 +359,6 @@ def predicting_states(model, rollout: Rollout, head_alone: bool) -> Tensor:
     """
     T = rollout.completion_ids.shape[1]
     mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)  # [N, P + T]
-    position = positions(rollout.prompt_mask, model, rollout.prompt_ids, rollout.pictures)
-    # The position of each completion token, [N, T].
-    later = next_position(position) + positions(rollout.completion_mask)
 
     def states(ids, mask, position, keep, cache=None, pictures=()):  # of the last `keep` tokens
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position}
@@ -374,26 +369,29 @@ def predicting_states(model, rollout: Rollout, head_alone: bool) -> Tensor:
         return model(**inputs, logits_to_keep=keep).logits
 
     marked = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)  # [N, P]
+    completion_ids = rollout.completion_ids
     if any(rollout.pictures):  # the same prompt has the same picture, too
         numbers = {id(picture): i for i, picture in enumerate(rollout.pictures)}
         picture_of = [numbers[id(picture)] for picture in rollout.pictures]
         marked = torch.cat([marked, marked.new_tensor(picture_of)[:, None]], 1)
+        sampled_image = completion_ids == model.config.image_token_id  # it has no picture
+        completion_ids = completion_ids.masked_fill(sampled_image, 0)
     unique, prompt_of = marked.unique(dim=0, return_inverse=True)  # U of them, [N]
-    completion_ids = rollout.completion_ids
-    if any(rollout.pictures):  # a sampled image token has no picture
-        completion_ids = completion_ids.masked_fill(
-            completion_ids == model.config.image_token_id, 0
-        )
-    if len(unique) == len(mask) or T == 1 or model.training:  # nothing shared, or checkpointing
+    N, U = len(mask), len(unique)
+    row_of = prompt_of.new_full((U,), N)  # a row with each of the prompts
+    row_of.scatter_reduce_(0, prompt_of, torch.arange(N, device=mask.device), "amin")
+    prompt_ids, prompt_mask = rollout.prompt_ids[row_of], rollout.prompt_mask[row_of]  # [U, P]
+    pictures = [rollout.pictures[i] for i in row_of.tolist()]
+    position = positions(prompt_mask, model, prompt_ids, pictures)  # [U, P] or [3, U, P]
+    # The position of each completion token, [N, T].
+    later = next_position(position)[prompt_of] + positions(rollout.completion_mask)
+    if U == N or T == 1 or model.training:  # nothing shared, or checkpointing
         ids = torch.cat([rollout.prompt_ids, completion_ids], 1)
+        position = position[..., prompt_of, :]  # [N, P] or [3, N, P]
         position = torch.cat([position, later.expand(*position.shape[:-1], T)], -1)
         return states(ids, mask, position, T + 1, pictures=rollout.pictures)[:, :-1]
-    row_of = torch.stack([(prompt_of == u).nonzero()[0, 0] for u in range(len(unique))])  # [U]
-    cache, pictures = DynamicCache(config=model.config), [rollout.pictures[i] for i in row_of]
-    first = states(  # [U, 1, H]
-        rollout.prompt_ids[row_of], rollout.prompt_mask[row_of], position[..., row_of, :], 1, cache,
-        pictures,
-    )  # fmt: skip
+    cache = DynamicCache(config=model.config)
+    first = states(prompt_ids, prompt_mask, position, 1, cache, pictures)  # [U, 1, H]
     cache.reorder_cache(prompt_of)  # by index_select: indexing adds gradients in any order
     rest = states(completion_ids[:, :-1], mask[:, :-1], later[:, :-1], T - 1, cache)  # [N, T-1, H]
     return torch.cat([first.index_select(0, prompt_of), rest], 1)

@@ -84,6 +84,12 @@ def chat_content(text: str, picture) -> str | list[dict]:
     return text if picture is None else [{"type": "image"}, {"type": "text", "text": text}]
 
 
+def picture_mark(tokenizer, config) -> str:
+    """What stands for a picture in a prompt without a chat template."""
+    ids = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
+    return "".join(tokenizer.convert_ids_to_tokens(ids))
+
+
 def insert_picture(tokenizer, row: list[int], image_id: int, picture) -> list[int]:
     """A prompt's token ids, its one image token repeated. Raises UserError if it has another
     number of them: none with a chat template that leaves pictures out, two if the text has one."""

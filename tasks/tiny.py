@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .base import UserError, cache_dir
-from .pictures import forward_inputs, insert_picture, picture_inputs, prompt_text
+from .pictures import forward_inputs, insert_picture, picture_inputs, picture_mark, prompt_text
 
 # A Llama of 0.9 million parameters, and the supervised run it starts from.
 TINY = {
@@ -140,7 +140,8 @@ def tiny_tokenizer(words: list[str] | None = None):
 
 def warm_start(model, tokenizer, task) -> None:
     """Supervised learning on the task's demonstrations, each seen once."""
-    index, mark = 0, "<|vision_start|><|image_pad|><|vision_end|>"
+    index, sees = 0, hasattr(tokenizer, "image_processor")
+    mark = picture_mark(tokenizer, model.config) if sees else ""
 
     def batch_loss(step: int) -> Tensor:
         nonlocal index

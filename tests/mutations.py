@@ -194,7 +194,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ),
     (
         "a shared prompt's padding read", "common.py",
-        "rollout.prompt_mask[row_of],", "rollout.prompt_mask[row_of] | True,", "sampling",
+        "rollout.prompt_ids[row_of], rollout.prompt_mask[row_of]", "rollout.prompt_ids[row_of], rollout.prompt_mask[row_of] | True", "sampling",
     ),
     (
         "gradients of a shared prompt in any order", "common.py",
@@ -406,10 +406,10 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ("pictures of the wrong group", "common.py", "[picture for picture in pictures for _ in range(G)]", "[picture for _ in range(G) for picture in pictures]", "pictures"),
     ("pictures of the first rows", "common.py", "[self.pictures[i] for i in index.tolist()]", "self.pictures[: len(index)]", "pictures"),
     ("pictures of the rollouts in reverse", "common.py", "[picture for rollout in rollouts for picture", "[picture for rollout in rollouts[::-1] for picture", "pictures"),
-    ("pictures of the first unique prompts", "common.py", "[rollout.pictures[i] for i in row_of]", "rollout.pictures[: len(row_of)]", "pictures"),
-    ("positions of the first unique prompts", "common.py", "position[..., row_of, :]", "position[..., : len(row_of), :]", "pictures"),
+    ("pictures of the first unique prompts", "common.py", "[rollout.pictures[i] for i in row_of.tolist()]", "rollout.pictures[:U]", "pictures"),
+    ("positions of the first unique prompts", "common.py", "next_position(position)[prompt_of]", "next_position(position)[prompt_of.sort().values]", "pictures"),
     ("a sampled image token is no end", "common.py", ', getattr(model.config, "image_token_id", None)]\n', "]\n", "pictures"),
-    ("a sampled image token takes a picture", "common.py", "completion_ids == model.config.image_token_id, 0", "completion_ids == -1, 0", "pictures"),
+    ("a sampled image token takes a picture", "common.py", "sampled_image = completion_ids == model.config.image_token_id", "sampled_image = completion_ids == -1", "pictures"),
     ("the image processor is not saved", "common.py", 'if hasattr(self.tokenizer, "image_processor"):', "if False:", "pictures"),
     ("a prompt has one image token", "tasks/pictures.py", "[*row[:i], *[image_id] * n, *row[i + 1 :]]", "row", "pictures"),
     ("an image token in the text is accepted", "tasks/pictures.py", "if len(places) != (picture is not None):", "if len(places) < (picture is not None):", "pictures"),
