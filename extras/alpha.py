@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from shared import markdown, mean_and_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -132,11 +133,6 @@ def exact_tables(B: int) -> str:
     return f"{text}\n\n{markdown(rows)}"
 
 
-def markdown(rows: list[list[str]]) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
@@ -228,11 +224,6 @@ def training_row(ends: dict[str, np.ndarray]) -> list[str]:
     for i, j in ((best["alpha"], best["alpha = 1"]), (slow, slow)):
         cells.append(mean_and_error((ends["alpha"][i] - ends["alpha = 1"][j])[half:], "+"))
     return cells
-
-
-def mean_and_error(values: np.ndarray, sign: str = "") -> str:
-    error = values.std(ddof=1) / len(values) ** 0.5
-    return f"{values.mean():{sign}.3f} ± {error:.3f}"
 
 
 def draw(results: dict, path: Path) -> None:

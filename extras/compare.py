@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from read_runs import climb, finished, read_metrics, where
+from shared import (
+    SELECTION_SEED,
+    climb,
+    finished,
+    markdown,
+    mean_and_error,
+    read_metrics,
+    seed_flags,
+    where,
+)
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,7 +39,6 @@ import common
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"]
-SELECTION_SEED = 100  # the reported seeds are 0, 1, 2, ...
 
 
 class Method(NamedTuple):
@@ -82,10 +90,8 @@ def run(method: Method, B: int, G: int, rate: str, seed: int, steps: int, args) 
         script, *flags = (
             f"{method.command} --task {args.task} --prompts {B} --group-size {G}".split()
         )
-        flags += f"--lr {rate} --steps {steps} --schedule constant --seed {seed}".split()
-        if seed == SELECTION_SEED:  # its problems are not reported either
-            flags += ["--eval-first", "200"]
-        flags += where(out)
+        flags += f"--lr {rate} --steps {steps} --schedule constant".split()
+        flags += [*seed_flags(seed), *where(out)]
         tqdm.write(" ".join(["python", script, *flags]))
         result = subprocess.run(
             [sys.executable, ROOT / script, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -137,16 +143,13 @@ def format_table(head: str, methods, rates, runs, budget: int, steps: int) -> st
 
     def cell(seeds, axis: int, x: float) -> str:
         values = [np.interp(x, run[axis], run[2]) for run in seeds]
-        text = f"{np.mean(values):.3f}"
-        if len(values) > 1:
-            text += f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
-        return text.replace("0.", ".")
+        return mean_and_error(values).replace("0.", ".")
 
     heads = [
         head, "paper", "learning rate", f"{budget // 3:,} completions", f"{budget:,} completions",
         f"{least:.0f} s", f"{steps} steps", "these took",
     ]  # fmt: skip
-    lines = [heads, ["---"] * len(heads)]
+    lines = [heads]
     for method, rate, seeds in zip(methods, rates, runs, strict=True):
         completions, seconds, _ = np.mean([run[:, -1] for run in seeds], 0)
         lines.append([
@@ -154,7 +157,7 @@ def format_table(head: str, methods, rates, runs, budget: int, steps: int) -> st
             cell(seeds, 1, least), cell(seeds, 0, np.inf),
             f"{completions:,.0f} completions, {seconds:.0f} s",
         ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(lines)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,7 +32,7 @@ import gymnasium
 import torch
 import transformers
 from benchmark import update
-from read_runs import read_metrics
+from shared import read_metrics
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from read_runs import read_metrics
+from shared import read_metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -18,7 +18,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from read_runs import climb, finished, read_metrics, where
+from shared import (
+    SELECTION_SEED,
+    climb,
+    finished,
+    markdown,
+    mean_and_error,
+    read_metrics,
+    seed_flags,
+    where,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,7 +36,7 @@ import copg
 
 BETAS = [0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.3, 1.0, 3.0, 10.0]
 PAPER = {"copg": range(2, 8), "ipo": range(1, 7), "dpo": range(2, 8)}  # which of them it tries
-SELECTION_SEED, SEEDS = 100, (0, 1, 2)
+SEEDS = (0, 1, 2)
 END = "eval_reward", "eval_utility", "eval_kl", "eval_length"  # what the table shows
 
 
@@ -60,9 +69,7 @@ def sweep(out: Path, losses: list[str], flags: list[str]) -> None:
     best: dict[str, tuple[float, list[dict]]] = {}  # beta, a curve per seed
 
     def curve_of(loss: str, beta: float, seed: int) -> dict:
-        own = ["--loss", loss, "--beta", str(beta), "--seed", str(seed)]
-        if seed == SELECTION_SEED:
-            own += ["--eval-first", "200"]
+        own = ["--loss", loss, "--beta", str(beta), *seed_flags(seed)]
         return run(out / f"{loss}-{beta}-{seed}", [*flags, *own])
 
     for loss in losses:
@@ -88,17 +95,15 @@ def sweep(out: Path, losses: list[str], flags: list[str]) -> None:
 
 def table(tried: dict, best: dict) -> str:
     """The last evaluation of every beta, and of the best ones with their seeds, as Markdown."""
-    lines = ["| loss | beta | seeds | reward | utility | KL | length |", "|---" * 7 + "|"]
+    rows = [["loss", "beta", "seeds", "reward", "utility", "KL", "length"]]
     for loss in best:
         for beta in sorted(tried[loss]):
             cells = [f"{tried[loss][beta][name][-1]:.3f}" for name in END]
-            lines.append(f"| {loss} | {beta} | chooses | {' | '.join(cells)} |")
+            rows.append([loss, str(beta), "chooses", *cells])
     for loss, (beta, curves) in best.items():
-        ends = np.array([[curve[name][-1] for name in END] for curve in curves])  # [seeds, 4]
-        errors = ends.std(0, ddof=1) / len(curves) ** 0.5
-        cells = [f"{m:.3f} ± {e:.3f}" for m, e in zip(ends.mean(0), errors, strict=True)]
-        lines.append(f"| {loss} | **{beta}** | {len(curves)} others | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = [mean_and_error([curve[name][-1] for curve in curves]) for name in END]
+        rows.append([loss, f"**{beta}**", f"{len(curves)} others", *cells])
+    return markdown(rows)
 
 
 def draw(tried: dict, best: dict, out: Path) -> None:

@@ -19,7 +19,7 @@ import alpha as extras_alpha  # noqa: E402
 import compare  # noqa: E402
 import gpu  # noqa: E402
 import plot  # noqa: E402
-import read_runs  # noqa: E402
+import shared  # noqa: E402
 import sweep  # noqa: E402
 
 import common  # noqa: E402
@@ -44,7 +44,7 @@ def write_run(path, accuracies=(0.2, 0.6, 0.8), slower=1, rounds=(1, 2, 1, 1)):
 def test_help(path, monkeypatch, capsys):
     if path.name == "on_trl.py":
         pytest.importorskip("trl")
-    if path.name not in ("read_runs.py", "on_verl.py"):  # modules, no scripts
+    if path.name not in ("shared.py", "on_verl.py"):  # modules, no scripts
         monkeypatch.setattr(sys, "argv", [str(path), "--help"])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(path), run_name="__main__")
@@ -53,11 +53,11 @@ def test_help(path, monkeypatch, capsys):
 
 def test_has_a_run_reached_its_last_step(tmp_path):
     run = write_run(tmp_path / "run")
-    assert read_runs.finished(run, 4) and not read_runs.finished(run, 5)
-    assert not read_runs.finished(tmp_path, 1)
-    assert read_runs.where(run) == ["--out", str(run)]  # killed before it wrote anything
+    assert shared.finished(run, 4) and not shared.finished(run, 5)
+    assert not shared.finished(tmp_path, 1)
+    assert shared.where(run) == ["--out", str(run)]  # killed before it wrote anything
     (run / "config.json").write_text("{}")
-    assert read_runs.where(run) == ["--resume", str(run)]
+    assert shared.where(run) == ["--resume", str(run)]
 
 
 @pytest.mark.parametrize("best, tried", [(3, [2, 3, 4]), (1, [2, 3, 4, 1, 0]), (5, [2, 3, 4, 5])])
@@ -69,7 +69,7 @@ def test_climb(best, tried):
         seen.append(x)
         return -abs(x - best) if x != 4 or best == 5 else np.nan
 
-    assert read_runs.climb([0, 1, 2, 3, 4, 5], range(2, 5), value) == best
+    assert shared.climb([0, 1, 2, 3, 4, 5], range(2, 5), value) == best
     assert seen == tried
 
 

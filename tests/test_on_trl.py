@@ -414,21 +414,21 @@ def test_the_bridge_from_a_task(template, directory, tmp_path, monkeypatch):
     assert all(end or length == T for end, length in zip(ends, lengths, strict=True))
 
 
-SECTION = (ROOT / "README.md").read_text().split("## More than one GPU")[1].split("\n## ")[0]
+PAGE = (ROOT / "extras" / "SCALING.md").read_text()
 
 
-def test_the_readme_names_options_that_exist_with_these_values():
-    rows = re.findall(r"\| `(\w+)=(\S+)` \|", SECTION)
+def test_the_page_names_options_that_exist_with_these_values():
+    rows = re.findall(r"\| `(\w+)=(\S+)` \|", PAGE)
     assert len(rows) > 8
     for name, value in rows:
         configs = [c for c in (on_trl.GPGConfig, on_trl.CoPGConfig) if hasattr(c, name)]
         assert any(repr(getattr(config, name)) == value for config in configs), name
 
 
-def test_the_commands_of_the_readme_parse():
-    commands = re.findall(r"accelerate launch (.*)extras/on_trl.py (gpg|copg)(.*)", SECTION)
+def test_the_commands_of_the_page_parse():
+    commands = re.findall(r"accelerate launch (.*)extras/on_trl.py (gpg|copg)(.*)", PAGE)
     assert {command for _, command, _ in commands} == {"gpg", "copg"}
-    zero3 = re.search(r'ZERO3="(.*)"', SECTION)[1]
+    zero3 = re.search(r'ZERO3="(.*)"', PAGE)[1]
     for launch, command, flags in commands:
         launch = launch.replace("$ZERO3", zero3)
         parsed = launch_command_parser().parse_args([*launch.split(), "script"])

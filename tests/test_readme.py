@@ -17,8 +17,9 @@ import grpo
 from tasks import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "extras" / "RESULTS.md"
+README, PAGES = ROOT / "README.md", sorted((ROOT / "extras").glob("*.md"))
 TEXT = README.read_text(encoding="utf-8")
+ALL = "\n".join([TEXT, *(page.read_text(encoding="utf-8") for page in PAGES)])
 MODULES = {"gpg": gpg, "grpo": grpo, "copg": copg, "bandit_toy": bandit_toy}
 TABLE = re.compile(r"\| in the paper \| in `(\w+)\.py` \| the line \|\n\|[-|]+\|\n((?:\|.*\n)+)")
 ROW = re.compile(r"\| (.*?) \| `(\w+)` \| `(.*)` \|")
@@ -93,7 +94,7 @@ def test_every_flag_exists(capsys):
         with pytest.raises(SystemExit):
             getattr(module, "parse_args" if name != "bandit_toy" else "main")(["--help"])
         helps[f"{name}.py"] = flags(capsys.readouterr().out)
-    commands = re.findall(r"python ((?:extras/|tests/)?\w+\.py)([^\n`]*)", TEXT)
+    commands = re.findall(r"python ((?:extras/|tests/)?\w+\.py)([^\n`]*)", ALL)
     assert {script for script, _ in commands} >= helps.keys()
     for script, rest in commands:
         assert (ROOT / script).exists(), script
@@ -127,16 +128,21 @@ def test_the_task_of_the_readme_works_as_pasted(tmp_path, monkeypatch):
     assert 0.3 < sum(right) / 400 < 0.8  # demonstrations with slips leave room to learn
 
 
-@pytest.mark.parametrize("page", [README, RESULTS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_pictures_and_links_exist(page):
     text = page.read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)", text):
-        assert link.startswith("https://") or (page.parent / link).exists(), link
+    for link, place in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        if not link.startswith("https://"):
+            there = page.parent / link if link else page
+            assert there.exists(), link
+            heads = re.findall(r"^#+ (.*)$", there.read_text(), re.M) if place else []
+            places = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert not place or place in places, place
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     for picture in pictures:
         assert (page.parent / picture).resolve().parent == ROOT / ".assets"
         if shutil.which("git"):  # 0: git ignores it, so that it would never be committed
             command = ["git", "check-ignore", "-q", (page.parent / picture).resolve()]
             assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode != 0
-    assert pictures
+    assert bool(pictures) == (page.name in ("README.md", "RESULTS.md"))
     assert "@@" not in text  # a placeholder

@@ -1,8 +1,8 @@
-"""What compare.py, sweep.py and plot.py share: reading runs, and the search of a grid."""
+"""What these scripts share: reading runs, the search of a grid, tables."""
 
 import csv
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,14 @@ def where(run: Path) -> list[str]:
     return ["--resume" if (Path(run) / "config.json").exists() else "--out", str(run)]
 
 
+SELECTION_SEED = 100  # of the runs that choose; the reported seeds are 0, 1, 2, ...
+
+
+def seed_flags(seed: int) -> list[str]:
+    """The runs that choose a hyper-parameter have problems of their own, too."""
+    return ["--seed", str(seed), *(["--eval-first", "200"] if seed == SELECTION_SEED else [])]
+
+
 def climb(grid: list, start: Iterable[int], value: Callable) -> object:
     """The x of the grid with the highest value(x), once both of its neighbours have been tried.
 
@@ -55,3 +63,17 @@ def climb(grid: list, start: Iterable[int], value: Callable) -> object:
         if not unknown:
             return grid[best]
         values |= {i: np.nan_to_num(value(grid[i]), nan=-np.inf) for i in unknown}
+
+
+def mean_and_error(values: Sequence[float], sign: str = "") -> str:
+    """The mean of the values with its standard error, which one value does not have."""
+    text = f"{np.mean(values):{sign}.3f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
+    return text
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table as Markdown; the first row is its head."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
