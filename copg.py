@@ -38,7 +38,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, logg
 import common
 from common import Rollout, UserError, count, number, positive
 from tasks import Posts, TextTask
-from tasks.jsonl import json_lines, shuffled, with_image
+from tasks.jsonl import is_held_out, json_lines, shuffled, with_image
 from tasks.pictures import data_uri
 from tasks.posts import PREFERENCES
 from tasks.tiny import cached_model, fit, tiny_model
@@ -193,7 +193,8 @@ def train(args: argparse.Namespace) -> common.Run:
         data.ref_logprobs = reference_logprobs(ref_model, tokenizer, data, args)
     n = len(data.prompts) if data else args.pairs
     steps = args.steps or math.ceil(args.epochs * n / args.prompts)
-    warmup = math.ceil(steps / 10) if args.warmup is None else args.warmup
+    # A resumed run that is to be longer does not warm up again: begin() restores the state.
+    run.state["warmup"] = math.ceil(steps / 10) if args.warmup is None else args.warmup
 
     def evaluate_policy() -> dict:
         figures, samples = evaluate(model, ref_model, tokenizer, reward_model, test_task, args)
@@ -223,6 +224,7 @@ def train(args: argparse.Namespace) -> common.Run:
 
         # 2. One gradient step. The completions of a prompt stay in one micro-batch.
         loss, ranked = 0.0, 0
+        warmup = run.state["warmup"]
         lr = common.learning_rate(step, steps, args.lr, warmup, args.schedule)
         for rows in common.micro_batches(batch, args.micro_batch_tokens, K):
             mb, i = batch.rows(rows), rows[::K] // K  # p * K rows, of the prompts i [p]
@@ -329,12 +331,13 @@ class Data:
         return prompts, [completion for i in index for completion in self.completions[i]]
 
     def split(self) -> tuple[Data, list[str]]:
-        """-> training data, and every tenth prompt, held out. (A single record serves both.)"""
-        index = [i for i in range(len(self.prompts)) if i % 10] or [0]
+        """-> training data, and every tenth prompt, held out. (A single prompt serves both.)"""
+        held_out = is_held_out(self.prompts)
+        index = [i for i, held in enumerate(held_out) if not held] or list(range(len(held_out)))
         rest = Data(*([column[i] for i in index] for column in (self.prompts, self.completions)))
         rest.rewards = None if self.rewards is None else self.rewards[index]
         rest.where = [self.where[i] for i in index]
-        return rest, self.prompts[::10]
+        return rest, [p for p, held in zip(self.prompts, held_out, strict=True) if held]
 
     def save(self, path: Path) -> None:
         """As a JSONL file, which --data reads, too."""
@@ -362,7 +365,7 @@ def read_data(path: str | Path) -> Data:
         if "chosen" in record:
             completions = [record["chosen"], record.get("rejected")]
             record["rewards"] = [0.25, -0.25]
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str) or not prompt:
             raise UserError(f"{where}: needs a text under 'prompt'")
         if not isinstance(completions, list) or len(completions) < 2:
             raise UserError(f"{where}: needs two completions or more, or 'chosen' and 'rejected'")

@@ -21,7 +21,7 @@ class JSONLines(TextTask):
     """A file with one JSON object per line: `prompt` (or `question`) and `answer`, and `image`, the
     path of a picture, relative to the file. Pictures are read when they are asked for.
 
-    Every tenth record is held out for the test. Each training epoch has an order of its own; the
+    Every tenth prompt is held out for the test. Each training epoch has an order of its own; the
     test keeps the order of the file.
     """
 
@@ -35,8 +35,8 @@ class JSONLines(TextTask):
             self.observation_space = gymnasium.spaces.Dict(image=AnyImage(), text=AnyText())
 
     def choose(self, records: list) -> list:
-        held_out = self.split == "test"
-        return [r for i, r in enumerate(records) if (i % 10 == 0) == held_out] or records
+        held_out, test = is_held_out([prompt for prompt, _ in records]), self.split == "test"
+        return [r for r, held in zip(records, held_out, strict=True) if held == test] or records
 
     def record(self, index):
         epoch, i = divmod(index, self.size)
@@ -87,6 +87,13 @@ class GSM8K(JSONLines):
 def shuffled(n: int, seed: int) -> list[int]:
     """The numbers 0 to n - 1 in a random order."""
     return random.Random(seed).sample(range(n), n)
+
+
+def is_held_out(prompts: list) -> list[bool]:
+    """True for every tenth prompt. Records with equal prompts are never on both sides."""
+    numbers = {}  # of the different prompts
+    keys = [(p["text"], p["image"]) if isinstance(p, dict) else p for p in prompts]
+    return [numbers.setdefault(key, len(numbers)) % 10 == 0 for key in keys]
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict]]:

@@ -447,7 +447,8 @@ def test_a_resumed_run_keeps_its_data_order_and_reference(stage, tmp_path):
     kept = (run.dir / "data.jsonl").read_text()
     write(path, *scored(12, 2))  # other rewards
     stage.updates.clear()
-    stage.train(copg, "--resume", run.dir, "--steps", 5)
+    stage.train(copg, "--resume", run.dir, "--steps", 41)  # it does not warm up again
+    assert [row["lr"] for row in metrics(run)[1:]] == [0.02] * 41
     assert [load[0] for load in stage.loads] == [str(run.checkpoint), "m"]
     assert (run.dir / "data.jsonl").read_text() == kept
     data, theta = copg.read_data(run.dir / "data.jsonl"), stage.updates[0]["theta"]
@@ -651,7 +652,7 @@ def test_the_learned_reward_model(monkeypatch, capsys):
         ("[1]", "line 1: not a JSON object"),
         ("", "no records"),
         ('{"completions": ["a", "b"]}', "line 1: needs a text under 'prompt'"),
-        ('{"prompt": " ", "completions": ["a", "b"]}', "line 1: needs a text under 'prompt'"),
+        ('{"prompt": "", "completions": ["a", "b"]}', "line 1: needs a text under 'prompt'"),
         ('{"prompt": "a"}', "line 1: needs two completions"),
         ('{"prompt": "a", "completions": ["b"]}', "line 1: needs two completions"),
         ('{"prompt": "a", "completions": "bc"}', "line 1: needs two completions"),
@@ -714,6 +715,16 @@ def test_data_is_kept_bit_for_bit(tmp_path):
 def test_a_single_record_is_trained_on_and_held_out():
     rest, held_out = copg.Data(["a"], [["b", "c"]], where=["x"]).split()
     assert rest.prompts == held_out == ["a"]
+
+
+def test_no_prompt_is_trained_on_and_held_out():
+    prompts = [f"{i // 2 % 12}" for i in range(30)]  # two records of each, the first ones thrice
+    rewards = torch.arange(30.0)[:, None]
+    data = copg.Data(prompts, [["b", "c"]] * 30, rewards, where=prompts)
+    rest, held_out = data.split()
+    assert held_out == ["0", "0", "10", "10", "0", "0"]
+    assert rest.prompts == [p for p in prompts if p not in ("0", "10")] == rest.where
+    assert [prompts[int(i)] for i in rest.rewards[:, 0]] == rest.prompts
 
 
 # ---- with a real model ----

@@ -416,6 +416,15 @@ def test_one_file_is_split(tmp_path):
     assert [test.problem(i)[0] for i in range(3)] == ["p0", "p10", "p20"]
     assert {train.problem(i)[0] for i in range(27)} == {f"p{i}" for i in range(30) if i % 10}
     assert test.problem(1) == ("p10", "10") and (train.size, test.size) == (27, 3)
+    twice = [{"prompt": f"p{i % 15}", "answer": i} for i in range(30)]
+    train, test = (make_task(write(tmp_path / "twice.jsonl", twice), x) for x in ("train", "test"))
+    assert [test.problem(i) for i in range(4)] == [
+        ("p0", "0"),
+        ("p10", "10"),
+        ("p0", "15"),
+        ("p10", "25"),
+    ]
+    assert (train.size, test.size) == (26, 4)
     only = write(tmp_path / "only.jsonl", [{"prompt": "p", "answer": "a"}])
     assert make_task(only).problem(0) == make_task(only, "test").problem(0) == ("p", "a")
 
