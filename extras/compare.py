@@ -74,7 +74,7 @@ class Table(NamedTuple):
 
 TABLES = [
     Table("B = 16", 60, [(method, 16, 8) for method in CHAIN + MORE]),
-    Table("B = 64", 30, [(method, 64, 8) for method in CHAIN]),
+    Table("B = 64", 20, [(method, 64, 8) for method in CHAIN]),
     Table("128 completions per step", 60, [
         (Method("std", f"G = {G}", paper, f"{STD} --no-alpha"), 128 // G, G)
         for G, paper in SIZES.items()

@@ -1,14 +1,14 @@
 """CoPG, IPO and DPO over the paper's betas: `python extras/sweep.py --eval-every 20`.
 
-Runs copg.py with every beta of the paper's grids (section 6), and beyond while the best is an edge.
-The beta of each loss is chosen by the reward at the end, with a seed and on posts that are not
-reported; then three other seeds run with it and are evaluated on other posts. Writes sweep.csv and
-sweep.png: reward along training for each beta (the paper's figures 2 to 4), reward against beta
+Runs copg.py with every beta of the paper's grids (section 6), or of --betas, and beyond while the
+best is an edge. The beta of each loss is chosen by the reward at the end, with a seed and on posts
+that are not reported; then three other seeds run with it and are evaluated on other posts. Writes
+sweep.csv and sweep.png: reward along training for each beta (the paper's figures 2 to 4), reward against beta
 (figure 5), the best betas along training (figure 6), and reward and hidden utility against the KL.
 
 Runs are in OUT/<loss>-<beta>-<seed>: a finished one is not run again, an interrupted one is
-continued. All flags but --out and --losses are copg.py's own; `--reward-model task` sweeps on the
-hidden utility, a reward that is not learnt from preferences.
+continued. All flags but --out, --losses and --betas are copg.py's own; `--reward-model task` sweeps
+on the hidden utility, a reward that is not learnt from preferences.
 """
 
 import argparse
@@ -63,8 +63,8 @@ def run(directory: Path, flags: list[str]) -> dict[str, np.ndarray]:
     return curve
 
 
-def sweep(out: Path, losses: list[str], flags: list[str]) -> None:
-    """All betas of each loss with one seed, then the best with others. Raises UserError."""
+def sweep(out: Path, losses: list[str], betas: list[float], flags: list[str]) -> None:
+    """The betas of each loss with one seed, then the best with others. Raises UserError."""
     tried: dict[str, dict[float, dict]] = {loss: {} for loss in losses}  # with SELECTION_SEED
     best: dict[str, tuple[float, list[dict]]] = {}  # beta, a curve per seed
 
@@ -80,7 +80,8 @@ def sweep(out: Path, losses: list[str], flags: list[str]) -> None:
                 raise common.UserError("the evaluation has no reward; add --reward-model")
             return tried[loss][beta]["eval_reward"][-1]
 
-        beta = climb(BETAS, PAPER[loss], reward)
+        start = [BETAS.index(beta) for beta in betas] or PAPER[loss]
+        beta = climb(BETAS, start, reward)
         best[loss] = beta, [curve_of(loss, beta, seed) for seed in SEEDS]
     with (out / "sweep.csv").open("w", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -154,11 +155,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--losses", nargs="+", choices=PAPER, default=list(PAPER), help="(default: all)"
     )
+    parser.add_argument(
+        "--betas", nargs="+", type=float, choices=BETAS, default=[],
+        help="where the search of each begins (default: the paper's grid)",
+    )  # fmt: skip
     args, flags = parser.parse_known_args(argv)
     for flag in "--loss", "--beta", "--seed", "--eval-first", "--resume":
         if any(word.split("=")[0] == flag for word in flags):
             raise common.UserError(f"{flag}: the sweep sets it itself; leave it out")
-    sweep(args.out, args.losses, flags)
+    sweep(args.out, args.losses, args.betas, flags)
 
 
 if __name__ == "__main__":

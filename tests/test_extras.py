@@ -317,6 +317,8 @@ def test_sweep(tmp_path, monkeypatch, capsys, model_dirs):
     started.clear()
     sweep.main(flags)
     assert not started  # nothing is run again
+    sweep.main([*flags, "--out", str(tmp_path / "2"), "--losses", "copg", "--betas", "1", "10"])
+    assert started[:3] == [("copg", beta, 100, None) for beta in (1.0, 10.0, 0.1)]
     with pytest.raises(UserError, match=r"--lr 0\.5 contradicts"):
         sweep.main([*flags, "--lr", "0.5"])
     with pytest.raises(UserError, match="--beta: the sweep sets it itself"):
