@@ -3,8 +3,9 @@
 Runs copg.py with every beta of the paper's grids (section 6), or of --betas, and beyond while the
 best is an edge. The beta of each loss is chosen by the reward at the end, with a seed and on posts
 that are not reported; then three other seeds run with it and are evaluated on other posts. Writes
-sweep.csv and sweep.png: reward along training for each beta (the paper's figures 2 to 4), reward against beta
-(figure 5), the best betas along training (figure 6), and reward and hidden utility against the KL.
+sweep.csv and sweep.png: reward along training for each beta (the paper's figures 2 to 4), reward
+against beta (figure 5), the best betas along training (figure 6), and reward and hidden utility
+against the KL.
 
 Runs are in OUT/<loss>-<beta>-<seed>: a finished one is not run again, an interrupted one is
 continued. All flags but --out, --losses and --betas are copg.py's own; `--reward-model task` sweeps
