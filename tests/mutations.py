@@ -348,6 +348,8 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ("records are held out, not prompts", "tasks/jsonl.py", "numbers.setdefault(key, len(numbers)) % 10 == 0 for key in keys", "i % 10 == 0 for i, _ in enumerate(keys)", "tasks"),
     ("CoPG: records are held out, not prompts", "copg.py", "held_out = is_held_out(self.prompts)", "held_out = [i % 10 == 0 for i in range(len(self.prompts))]", "copg"),
     ("CoPG: a longer resumed run warms up again", "copg.py", 'warmup = run.state["warmup"]', "warmup = math.ceil(steps / 10) if args.warmup is None else args.warmup", "copg"),
+    ("padding is the token 0", "common.py", "rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)", "rollout.prompt_ids", "sampling"),
+    ("log-probs in the dtype of the logits", "common.py", "torch.promote_types(logits.dtype, torch.float32)", "logits.dtype", "sampling"),
     ("the split is another in every process", "tasks/addition.py", 'zlib.crc32(f"{a}+{b}".encode()) % 10', 'hash(f"{a}+{b}") % 10', "tasks"),
     ("GRPO: advantages of the first groups", "grpo.py", "group_advantages(rewards[groups], args.scale)", "group_advantages(rewards[: len(groups)], args.scale)", "train grpo"),
     ("CoPG: rewards of the first records", "copg.py", "data.rewards[index], data.ref_logprobs[index]", "data.rewards[: len(index)], data.ref_logprobs[index]", "train copg"),

@@ -325,6 +325,24 @@ def test_a_rollout_by_hand_may_have_masks_of_0_and_1(small):
     close(completion_logprobs(small[0], by_hand), completion_logprobs(small[0], rollout), 0)
 
 
+def test_padding_is_no_token_of_a_prompt(small):
+    """The prompts "\\0 7" and "7", padded with the token 0, are not the same prompt."""
+    ids = torch.tensor([[0, 55]]).repeat(4, 1)
+    prompt_mask = torch.tensor([[1, 1], [0, 1]]).repeat_interleave(2, 0)
+    completion = torch.randint(1, 200, (4, 3))
+    mask = torch.ones(4, 3)
+    rollout = Rollout(ids, prompt_mask, completion, mask, 0 * mask, 0 * mask[:, 0], [""] * 4)
+    close(completion_logprobs(small[0], rollout), naive_logprobs(small[0], rollout), 1e-4)
+
+
+def test_log_probs_are_float32_whatever_the_logits_are():
+    """bf16, as under autocast: eight bits are too few for a log-softmax."""
+    model = made("qwen2").to(torch.bfloat16)
+    rollout = sample(model, tiny_tokenizer(), PROMPTS, 2, 6)
+    logprobs = completion_logprobs(model, rollout)
+    assert logprobs.dtype == rollout.logprobs.dtype == torch.float32
+
+
 @pytest.mark.parametrize("together", [1, 4])
 def test_micro_batches_hold_every_row_once_within_the_budget(small, together):
     """Every row is in one micro-batch, blocks stay whole, and no two batches could be one."""
