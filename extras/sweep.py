@@ -128,6 +128,7 @@ def draw(tried: dict, best: dict, out: Path) -> None:
         betas = sorted(curves)
         ends = {name: [curves[beta][name][-1] for beta in betas] for name in END}
         figure_5.plot(betas, ends["eval_reward"], **style)
+        style |= {"ls": "none"}  # a smaller beta is not always a larger KL
         reward_kl.plot(ends["eval_kl"], ends["eval_reward"], **style)
         utility_kl.plot(ends["eval_kl"], ends["eval_utility"], **style)
         beta, seeds = best[loss]
