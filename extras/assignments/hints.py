@@ -48,6 +48,10 @@ HINTS = {
     "go round in turn.",
     "a shared prompt's padding read": "Your model reads the padding of the prompts: it needs an "
     "attention mask without it.",
+    "padding is the token 0": "Padding has the token 0, which a prompt may have, too. "
+    "Yours takes two prompts for one that differ by it: only the mask tells them apart.",
+    "log-probs in the dtype of the logits": "Under autocast the logits are bf16, and "
+    "eight bits are too few for a log-softmax: it needs float32.",
     "no gradient through a shared prompt": "The prompt is part of what the policy computes: your "
     "gradient stops at the completion.",
     "a shared prompt where checkpointing drops the cache": "In train mode with gradient "

@@ -108,7 +108,9 @@ A2 = {
             test_gradients_equal_naive[qwen2-16777216] test_gradients_equal_naive[gpt2-16777216]
             test_frozen_logprobs_are_the_same_in_their_rows_without_gradient
             test_scores_are_right_where_checkpointing_drops_the_cache
-            test_rows_and_cat_keep_every_log_prob test_a_row_alone_scores_as_among_others"""),
+            test_rows_and_cat_keep_every_log_prob test_a_row_alone_scores_as_among_others
+            test_padding_is_no_token_of_a_prompt
+            test_log_probs_are_float32_whatever_the_logits_are"""),
     ),
     "Q4": Question(
         "Micro-batches", 10, "common.py", ["micro_batches"],
