@@ -202,6 +202,7 @@ def train(args: argparse.Namespace) -> common.Run:
         return figures
 
     run.begin(model, tokenizer, optimizer, evaluate_policy)
+    warmup = run.state["warmup"]
     if data and not run.resumed:
         data.save(run.dir / "data.jsonl")
 
@@ -224,7 +225,6 @@ def train(args: argparse.Namespace) -> common.Run:
 
         # 2. One gradient step. The completions of a prompt stay in one micro-batch.
         loss, ranked = 0.0, 0
-        warmup = run.state["warmup"]
         lr = common.learning_rate(step, steps, args.lr, warmup, args.schedule)
         for rows in common.micro_batches(batch, args.micro_batch_tokens, K):
             mb, i = batch.rows(rows), rows[::K] // K  # p * K rows, of the prompts i [p]
