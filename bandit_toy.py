@@ -143,7 +143,7 @@ def rloo_loss(p):  # eq. 65-66: what CoPG is on-policy; y and y_ are fresh sampl
     return -((p.rb - p.rb_) * p.logp + (p.rb_ - p.rb) * p.logp_)
 
 
-def ipo_loss(p):  # eq. 21-22: preferences only; beta times the margin is to be 1/2
+def ipo_loss(p):  # eq. 21-22: preferences only; regresses beta * margin to 1/2
     return (0.5 - p.beta * p.margin()) ** 2
 
 

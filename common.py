@@ -261,7 +261,7 @@ def repeat_cache(cache: DynamicCache, repeats: int, room: int) -> None:
 
 def stop_token_ids(model, tokenizer) -> list[int]:
     """The ids that end a completion: every EOS of the generation config, the tokenizer's, and the
-    image token, of which no picture could be made."""
+    image token, which would have no picture."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
     ids = [*ids, tokenizer.eos_token_id, getattr(model.config, "image_token_id", None)]
@@ -400,7 +400,7 @@ def predicting_states(model, rollout: Rollout, head_alone: bool) -> Tensor:
 def head_gives_logits(model) -> bool:
     """Are the logits head(hidden state) and nothing more? Gemma 2 caps them, Granite scales them.
 
-    Tried once per model, bit for bit: a cap hardly changes the small logits of a new model.
+    Checked once per model, bit for bit: a cap hardly changes the small logits of a new model.
     """
     if not hasattr(model, "head_gives_logits"):
         with torch.no_grad():
@@ -716,14 +716,14 @@ class Run:
         tqdm.write("\nfinishing this step, then saving; once more stops at once", file=sys.stderr)
 
     def warn(self, message: str) -> None:
-        """Say it the 1st, 2nd, 4th, 8th, ... time: neither the message nor the bar gets lost."""
+        """Print it the 1st, 2nd, 4th, 8th, ... time, so that repeats do not bury the bar."""
         times = self.state["warnings"][message] = self.state["warnings"].get(message, 0) + 1
         if times & (times - 1) == 0:
             tqdm.write(f"step {self.row['step']}: {message} ({times} so far)", file=sys.stderr)
 
     def log(self, prompts=(), rollout: Rollout | None = None, rewards=None, **row: float) -> None:
-        """The step's row of metrics.csv; of a rollout and its rewards [groups, G], statistics, and
-        the first group for samples.jsonl."""
+        """Collect the step's row of metrics.csv; of a rollout and its rewards [groups, G], the
+        statistics, and the first group for samples.jsonl."""
         self.row |= row | {"seconds": time.perf_counter() - self.start}
         self.state["seconds"] += self.row["seconds"]
         if rollout:

@@ -12,11 +12,12 @@ log-probabilities under the policy should differ as their rewards do.
     loss     = mean of (dR - beta dh)^2 / (2 beta), to minimise                          eq. 10, 17
     gradient = -(R_beta(y) - R_beta(y')) (grad ln pi(y) - grad ln pi(y'))                 eq. 18-19
 
-At the minimum pi = pi_ref exp(R / beta) / Z, whoever wrote the pairs (theorem 1, eq. 29). With both
-completions from pi this is policy gradient (property 1), in the form of RLOO (property 2). With
-R = 1/4 for the preferred completion and -1/4 for the other it is IPO over 2 beta (property 3).
+At the minimum pi = pi_ref exp(R / beta) / Z (theorem 1, eq. 29), whoever wrote the pairs, if each y
+had a chance in both halves and pi can be anything. With both completions from pi this is policy
+gradient (property 1), in the form of RLOO (property 2). With R = 1/4 for the preferred completion
+and -1/4 for the other it is IPO over 2 beta (property 3).
 
-    python copg.py                   section 6 in small, on a CPU: summaries and a learned reward
+    python copg.py                   section 6 scaled down, on a CPU: summaries and a learned reward
     python copg.py --task add        any Gymnasium task instead, with its own reward
     python copg.py --model Qwen/Qwen2.5-0.5B --data pairs.jsonl --reward-model DIR_OR_ID
 """

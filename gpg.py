@@ -10,7 +10,7 @@ whose rewards are all equal; and a threshold: while too few groups are valid, it
     J     = sum_i sum_t -log pi(o_it | q, o_i<t) A_i / sum_i |o_i|, to minimise           eq. 5
     alpha = B / (B - M), where M of the B groups are dead                                 eq. 7
     J^    = alpha J                                                                       eq. 8
-    sample again while (B - M) / B < beta_th                                       Algorithm 1
+    sample again while alpha > 1 / beta_th (in the paper: >=)                      Algorithm 1
 
 As printed, eq. 5 divides the tokens of each group by the length of that group. Here, as in the
 authors' code, the sums run over all groups of the batch.
@@ -89,7 +89,7 @@ def defaults(args: argparse.Namespace) -> dict:
 def is_valid(rewards: Tensor) -> Tensor:
     """rewards [B, G] -> [B], True for a valid group, False for a dead one: all rewards equal.
 
-    Judged on the raw rewards: in floating point the mean of eight times 0.1 is not 0.1.
+    Compares the raw rewards: in floating point the mean of eight times 0.1 is not 0.1.
     """
     return rewards.amax(1) != rewards.amin(1)
 

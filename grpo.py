@@ -2,7 +2,7 @@
 
 Sample G completions for each of B prompts, compare each reward with the mean of its group, divide
 by the group's standard deviation, and climb PPO's clipped surrogate, with a KL to a frozen
-reference model inside the loss. `diff gpg.py grpo.py` is a lecture: it shows what GPG deletes (the
+reference model inside the loss. `diff gpg.py grpo.py` shows what GPG deletes (the
 reference and its KL, the old log-probs with ratio and clip, several updates per batch, the std) and
 what it adds (alpha and the threshold).
 
@@ -115,7 +115,7 @@ def defaults(args: argparse.Namespace) -> dict:
 def is_valid(rewards: Tensor) -> Tensor:
     """rewards [B, G] -> [B], True for a valid group, False for a dead one: all rewards equal.
 
-    Judged on the raw rewards: in floating point the mean of eight times 0.1 is not 0.1.
+    Compares the raw rewards: in floating point the mean of eight times 0.1 is not 0.1.
     """
     return rewards.amax(1) != rewards.amin(1)
 

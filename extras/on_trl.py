@@ -4,7 +4,7 @@ TRL brings what the scripts leave out: several processes and machines, ZeRO, FSD
 only addition: pip install "trl==1.16.*". This file turns its GRPOTrainer into GPG and its
 RLOOTrainer into CoPG, with the functions of gpg.py and copg.py.
 
-    GPG   eq. 5       loss_type "dapo": one mean over the tokens of all processes and micro-batches
+    GPG   eq. 5       loss_type "dapo": as in gpg.py, one mean over the tokens of all processes
           eq. 6-8     the loss is linear in the advantages, so alpha is a factor of them
           Algorithm 1 rounds of B groups until the share of valid ones in all processes is beta_th
     CoPG  eq. 18-19   RLOO of given completions, with rewards R - beta h; K times its gradient
@@ -98,7 +98,7 @@ class GPGConfig(GRPOConfig):
     beta_th: float = say(0.6, "0: off")
     max_rounds: int = say(4, "at most this many batches per step")
 
-    loss_type: str = say("dapo", "the only one that is eq. 5")
+    loss_type: str = say("dapo", "eq. 5 over the whole batch, as in gpg.py")
     scale_rewards: str = say("none", "leave it: --f_norm scales the advantages")
     disable_dropout: bool = say(True, "the policy that is scored is the policy that was sampled")
     vllm_importance_sampling_correction: bool = say(False, "eq. 5 has no ratio")
