@@ -345,6 +345,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ("Dr. GRPO: the constant is what was sampled", "grpo.py", "batch_total(mask, args.aggregate, args.max_new_tokens)", "batch_total(mask, args.aggregate, mask.shape[1])", "grpo"),
     ("reward model: a second BOS under a template", "copg.py", "rows = tokenizer(texts, add_special_tokens=False).input_ids", "rows = tokenizer(texts).input_ids", "copg"),
     ("regret.csv: seed and epoch swapped", "bandit_toy.py", "for (epoch, seed), value in", "for (seed, epoch), value in", "bandit"),
+    ("answers in words cut to a number", "tasks/jsonl.py", 'if "####" in answer else', "or", "tasks"),
     ("records are held out, not prompts", "tasks/jsonl.py", "numbers.setdefault(key, len(numbers)) % 10 == 0 for key in keys", "i % 10 == 0 for i, _ in enumerate(keys)", "tasks"),
     ("CoPG: records are held out, not prompts", "copg.py", "held_out = is_held_out(self.prompts)", "held_out = [i % 10 == 0 for i in range(len(self.prompts))]", "copg"),
     ("CoPG: a longer resumed run warms up again", "copg.py", 'warmup = run.state["warmup"]', "warmup = math.ceil(steps / 10) if args.warmup is None else args.warmup", "copg"),

@@ -425,8 +425,8 @@ def test_one_file_is_split(tmp_path):
         ("p10", "25"),
     ]
     assert (train.size, test.size) == (26, 4)
-    only = write(tmp_path / "only.jsonl", [{"prompt": "p", "answer": "a"}])
-    assert make_task(only).problem(0) == make_task(only, "test").problem(0) == ("p", "a")
+    only = write(tmp_path / "only.jsonl", [{"prompt": "p", "answer": "Apollo 11"}])
+    assert make_task(only).problem(0) == make_task(only, "test").problem(0) == ("p", "Apollo 11")
 
 
 def test_line_separators_and_a_byte_order_mark_are_text(tmp_path):
