@@ -38,7 +38,12 @@ import copg
 BETAS = [0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.3, 1.0, 3.0, 10.0]
 PAPER = {"copg": range(2, 8), "ipo": range(1, 7), "dpo": range(2, 8)}  # which of them it tries
 SEEDS = (0, 1, 2)
-END = "eval_reward", "eval_utility", "eval_kl", "eval_length"  # what the table shows
+END = {  # what the table shows
+    "eval_reward": "reward",
+    "eval_utility": "utility",  # NaN if the utility is the reward
+    "eval_kl": "KL",
+    "eval_length": "length",
+}
 
 
 def run(directory: Path, flags: list[str]) -> dict[str, np.ndarray]:
@@ -97,13 +102,15 @@ def sweep(out: Path, losses: list[str], betas: list[float], flags: list[str]) ->
 
 def table(tried: dict, best: dict) -> str:
     """The last evaluation of every beta, and of the best ones with their seeds, as Markdown."""
-    rows = [["loss", "beta", "seeds", "reward", "utility", "KL", "length"]]
+    ends = [curve for loss in best for curve in (*tried[loss].values(), *best[loss][1])]
+    names = [name for name in END if not all(np.isnan(curve[name][-1]) for curve in ends)]
+    rows = [["loss", "beta", "seeds", *(END[name] for name in names)]]
     for loss in best:
         for beta in sorted(tried[loss]):
-            cells = [f"{tried[loss][beta][name][-1]:.3f}" for name in END]
+            cells = [f"{tried[loss][beta][name][-1]:.3f}" for name in names]
             rows.append([loss, str(beta), "chooses", *cells])
     for loss, (beta, curves) in best.items():
-        cells = [mean_and_error([curve[name][-1] for curve in curves]) for name in END]
+        cells = [mean_and_error([curve[name][-1] for curve in curves]) for name in names]
         rows.append([loss, f"**{beta}**", f"{len(curves)} others", *cells])
     return markdown(rows)
 
