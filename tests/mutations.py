@@ -301,7 +301,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ("Bradley-Terry reversed", "copg.py", "logsigmoid(score_chosen - score_rejected)", "logsigmoid(score_rejected - score_chosen)", "copg"),
     ("preferences against the utility", "tasks/posts.py", "swapped = rng.random() > ", "swapped = rng.random() < ", "tasks"),
     ("scores read at the padding", "copg.py", "ids = ids.where(mask, model.config.pad_token_id)", "ids = ids", "copg"),
-    ("held-out prompts in training", "copg.py", "if i % 10] or [0]", "] or [0]", "copg"),
+    ("held-out prompts in training", "copg.py", "if not held] or list(", "] or list(", "copg"),
     ("the same order in every epoch", "copg.py", "seed + 1000 * epoch", "seed", "copg"),
     ("KL with the wrong sign", "copg.py", "(rollout.logprobs - ref).sum(1)", "(ref - rollout.logprobs).sum(1)", "copg"),
     ("preferences worth 1 and -1", "copg.py", "[0.25, -0.25]", "[1.0, -1.0]", "copg"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutations import MUTATIONS
 
 import bandit_toy
 import common
@@ -83,6 +84,13 @@ def test_every_column_is_explained():
     cells = " ".join(row.split(" | ")[0] for row in table.split("\n")[2:])
     columns = {name for module in (gpg, grpo, copg) for name in module.COLUMNS.split()}
     assert set(re.findall(r"`([a-z]\w*)`", cells)) == columns
+
+
+def test_every_wrong_version_can_be_made():
+    assert f"makes {len(MUTATIONS)} wrong versions" in TEXT
+    for name, file, right, _, tests in MUTATIONS:
+        assert (ROOT / file).read_text(encoding="utf-8").count(right) == 1, name
+        assert all((ROOT / f"tests/test_{test}.py").exists() for test in tests.split()), name
 
 
 def test_every_flag_exists(capsys):
