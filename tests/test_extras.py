@@ -314,7 +314,7 @@ def test_sweep(tmp_path, monkeypatch, capsys, model_dirs):
     assert "| copg | 10.0 | chooses | 1.000 |" in printed  # 1 - 1 + 1
     assert "| copg | **1.0** | 2 others | 1.005 ± 0.005 |" in printed
     assert "| dpo | 0.1 | chooses | nan |" in printed
-    curve = dict.fromkeys(sweep.END, [0.5]) | {"eval_utility": [np.nan]}  # it is the reward
+    curve = {name: [0.5] for name in sweep.END} | {"eval_utility": [np.nan]}  # it is the reward
     table = sweep.table({"copg": {1.0: curve}}, {"copg": (1.0, [curve, curve])})
     assert table.splitlines()[0] == "| loss | beta | seeds | reward | KL | length |"
     started.clear()
