@@ -191,6 +191,8 @@ def train(args: argparse.Namespace) -> common.Run:
             data.rewards = frozen_scores(*reward_model, *data.rows()).view(len(data.prompts), -1)
         elif data.rewards is None:
             raise UserError(f"{args.data}: no rewards in it; --reward-model gives them")
+        if data.ends is None:
+            data.ends = torch.full_like(data.rewards, end_token(model, tokenizer)).long()
         data.ref_logprobs = reference_logprobs(ref_model, tokenizer, data, args)
     n = len(data.prompts) if data else args.pairs
     steps = args.steps or math.ceil(args.epochs * n / args.prompts)
@@ -220,7 +222,7 @@ def train(args: argparse.Namespace) -> common.Run:
             ref_logprobs = ref_logprobs.sum(1).view(P, K)
         else:
             index = records((step - 1) * P, P, n, args.seed)
-            batch = encode(model, tokenizer, *data.rows(index))  # P * K rows
+            batch = encode(model, tokenizer, *data.rows(index), data.ends[index])  # P * K rows
             rewards, ref_logprobs = data.rewards[index], data.ref_logprobs[index]  # [P, K]
         rewards, ref_logprobs = rewards.to(model.device), ref_logprobs.to(model.device)
 
@@ -234,7 +236,8 @@ def train(args: argparse.Namespace) -> common.Run:
             mb_loss = policy_loss(args.loss, logratios, rewards[i], args.beta) * len(i) / P
             mb_loss.backward()
             loss += mb_loss.item()
-            ranked += (logratios.argmax(1) == rewards[i].argmax(1)).sum().item()
+            likeliest = rewards[i].gather(1, logratios.argmax(1, keepdim=True))[:, 0]  # [p]
+            ranked += (likeliest == rewards[i].amax(1)).sum().item()
         grad_norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), args.clip_grad, error_if_nonfinite=True
         ).item()
@@ -250,15 +253,34 @@ def train(args: argparse.Namespace) -> common.Run:
     return run
 
 
-def encode(model, tokenizer, prompts: list, completions: list[str]) -> Rollout:
-    """Given completions, each ended by an EOS, as a Rollout without log-probs. Raises UserError."""
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = [row + eos for row in tokenizer(completions, add_special_tokens=False).input_ids]
+def encode(
+    model, tokenizer, prompts: list, completions: list[str], ends: Tensor | None = None
+) -> Rollout:
+    """Given completions as a Rollout without log-probs. `ends` are the N tokens at their ends, -1
+    where one was cut; by default each has the EOS. Raises UserError."""
+    end = end_token(model, tokenizer)
+    ends = [end] * len(completions) if ends is None else ends.flatten().long().tolist()
+    rows = tokenizer(completions, add_special_tokens=False).input_ids
+    rows = [row + [end] * (end >= 0) for row, end in zip(rows, ends, strict=True)]
     common.check_rows(model, completions, rows)
     ids, mask = common.pad(rows, "right", model.device)
     pictures = common.read_pictures(tokenizer, prompts)
     prompt = common.encode_prompts(model, tokenizer, prompts, ids.shape[1], pictures)
-    return Rollout(*prompt, ids, mask, 0.0 * mask, ~mask[:, 0], completions, pictures)
+    cut = torch.tensor(ends, device=model.device) < 0
+    return Rollout(*prompt, ids, mask, 0.0 * mask, cut, completions, pictures)
+
+
+def end_token(model, tokenizer) -> int:
+    """The EOS of a given completion: the stop token that the chat template writes after an answer
+    (Gemma's is not the tokenizer's), else the tokenizer's; -1 if there is none."""
+    eos = [-1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        stops = common.stop_token_ids(model, tokenizer)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        eos += [i for i in ids if i in stops]
+    return eos[-1]
 
 
 def records(first: int, count: int, n: int, seed: int) -> list[int]:
@@ -323,6 +345,7 @@ class Data:
     completions: list[list[str]]  # n lists of K
     rewards: Tensor | None = None  # [n, K]
     ref_logprobs: Tensor | None = None  # [n, K], ln pi_ref of whole completions
+    ends: Tensor | None = None  # [n, K], the EOS that was sampled, -1 if it was cut before one
     where: list[str] = field(default_factory=list)  # file and line of each, for error messages
 
     def rows(self, index=None) -> tuple[list[str], list[str]]:
@@ -337,13 +360,15 @@ class Data:
         index = [i for i, held in enumerate(held_out) if not held] or list(range(len(held_out)))
         rest = Data(*([column[i] for i in index] for column in (self.prompts, self.completions)))
         rest.rewards = None if self.rewards is None else self.rewards[index]
+        rest.ends = None if self.ends is None else self.ends[index]
         rest.where = [self.where[i] for i in index]
         return rest, [p for p, held in zip(self.prompts, held_out, strict=True) if held]
 
     def save(self, path: Path) -> None:
         """As a JSONL file, which --data reads, too."""
-        columns = self.prompts, self.completions, self.rewards.tolist(), self.ref_logprobs.tolist()
-        names = "prompt", "completions", "rewards", "ref_logprobs"
+        tensors = self.rewards, self.ref_logprobs, self.ends
+        columns = self.prompts, self.completions, *(x.tolist() for x in tensors)
+        names = "prompt", "completions", "rewards", "ref_logprobs", "ends"
         with path.open("w", encoding="utf-8") as file:
             for values in zip(*columns, strict=True):
                 record = dict(zip(names, values, strict=True))
@@ -357,10 +382,11 @@ class Data:
 def read_data(path: str | Path) -> Data:
     """A JSONL file of {"prompt", "completions": [K texts], "rewards": [K numbers]}, the rewards
     optional, or of {"prompt", "chosen", "rejected"}. Raises UserError with the number of the line.
+    What `Data.save` writes has more columns: for an own file, they are computed.
 
     A preference without scores becomes R = 1/4 and -1/4, with which CoPG is IPO (property 3).
     """
-    data, columns = Data([], []), {"rewards": [], "ref_logprobs": []}
+    data, columns = Data([], []), {"rewards": [], "ref_logprobs": [], "ends": []}
     for where, record in json_lines(path):
         prompt, completions = record.get("prompt"), record.get("completions")
         if "chosen" in record:
@@ -385,7 +411,8 @@ def read_data(path: str | Path) -> Data:
                 rows.append(values)
             if len(rows) not in (0, len(data.prompts)):
                 raise UserError(f"{where}: {name!r} must be in every line or in none")
-    data.rewards, data.ref_logprobs = (torch.tensor(x) if x else None for x in columns.values())
+    tensors = (torch.tensor(x) if x else None for x in columns.values())
+    data.rewards, data.ref_logprobs, data.ends = tensors
     return data
 
 
@@ -401,15 +428,25 @@ def collect_data(model, tokenizer, task, args) -> Data:
         problems = range(PREFERENCES, PREFERENCES + args.pairs)
         data.rewards = common.get_rewards(task, problems, data.rows()[1])[0]
         return data
-    data, rewards, K = Data([], []), [], args.completions
+    data, rewards, ends, K = Data([], []), [], [], args.completions
     for i in tqdm(range(0, args.pairs, 64), desc="sampling data"):
         problems = list(range(i, min(i + 64, args.pairs)))
         prompts = common.get_prompts(task, problems)
-        texts = common.sample(model, tokenizer, prompts, K, args.max_new_tokens).texts
+        rollout = common.sample(model, tokenizer, prompts, K, args.max_new_tokens)
+        texts = rollout.texts
         data.prompts += prompts
         data.completions += [texts[j : j + K] for j in range(0, len(texts), K)]
         rewards.append(common.get_rewards(task, problems, texts)[0])
-    data.rewards = torch.cat(rewards)
+        last = rollout.completion_mask.sum(1, keepdim=True) - 1  # [N, 1]
+        end = rollout.completion_ids.gather(1, last)[:, 0].masked_fill(rollout.truncated, -1)
+        end[[not text for text in texts]] = end_token(model, tokenizer)  # cut, of special tokens
+        ends.append(end.view(-1, K).cpu())
+    data.rewards, data.ends = torch.cat(rewards), torch.cat(ends)
+    cut, equal = (data.ends < 0).double().mean(), data.rewards.amax(1) == data.rewards.amin(1)
+    print(
+        f"sampled data: {cut:.3f} of the completions end at --max-new-tokens; the rewards of "
+        f"{equal.double().mean():.3f} of the prompts are all equal"
+    )
     return data
 
 
@@ -419,7 +456,7 @@ def reference_logprobs(ref_model, tokenizer, data: Data, args) -> Tensor:
     for i in tqdm(range(0, n, 64), desc="log-probs of the reference"):
         index = range(i, min(i + 64, n))
         try:
-            rollout = encode(ref_model, tokenizer, *data.rows(index))
+            rollout = encode(ref_model, tokenizer, *data.rows(index), data.ends[index])
         except UserError as error:
             where = f"{data.where[i]}, or below: " if data.where else ""
             raise UserError(f"{where}{error}") from error

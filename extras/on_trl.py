@@ -275,13 +275,15 @@ class CoPGTrainer(RLOOTrainer):
         first, K = len(inputs) * self.accelerator.process_index, self.num_generations
         # TRL puts the K rows of a prompt side by side: the i-th row gets completion i mod K.
         self.texts = [row["texts"][i % K] for i, row in enumerate(inputs, first)]
+        self.ends = [row["ends"][i % K] for i, row in enumerate(inputs, first)]
         inputs = [row | {"score": row["scores"][i % K]} for i, row in enumerate(inputs, first)]
         return super()._generate_and_score_completions(inputs)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
-        tokenizer = self._tokenizer
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return [row + eos for row in tokenizer(self.texts, add_special_tokens=False).input_ids]
+        eos = copg.end_token(self.accelerator.unwrap_model(self.model), self._tokenizer)
+        ends = [eos if end is None else end for end in self.ends]  # -1: it was cut
+        rows = self._tokenizer(self.texts, add_special_tokens=False).input_ids
+        return [row + [end] * (end >= 0) for row, end in zip(rows, ends, strict=True)]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """RLOO is a mean over all rows, copg_loss a mean over prompts: K times as much."""
@@ -308,6 +310,7 @@ def copg_trainer(args: CoPGArguments, config: CoPGConfig) -> CoPGTrainer:
     with config.main_process_first():
         model, tokenizer = find_model(args)
     columns = {"prompt": as_chats(data.prompts, tokenizer), "texts": data.completions}
+    columns["ends"] = [[None] * K] * n if data.ends is None else data.ends.tolist()
     dataset = Dataset.from_dict(columns | {"scores": data.rewards.tolist()})
     return CoPGTrainer(model, given_reward, config, dataset, processing_class=tokenizer)
 
@@ -357,3 +360,5 @@ def main(argv: list[str] | None = None) -> GPGTrainer | CoPGTrainer:
 if __name__ == "__main__":
     with common.plain_errors("on_trl.py"):
         main()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -222,11 +222,14 @@ def test_log_ratios_count_completion_tokens_only(small):
     model, tokenizer = small
     data = copg.Data(["12+5=", "a longer prompt: "], [["17", "3"], ["no", "yes!"]])
     args = copg.parse_args(["--model", "x"])
+    eos = tokenizer.eos_token_id
+    data.ends = torch.tensor([[eos, 7], [-1, eos]])  # another stop token; one that was cut
     ours = copg.reference_logprobs(model, tokenizer, data, args)
     for i, prompt in enumerate(data.prompts):
         for k, completion in enumerate(data.completions[i]):
             start, end = tokenizer(prompt).input_ids, tokenizer(completion).input_ids
-            ids = torch.tensor([start + end + [tokenizer.eos_token_id]])
+            end += [i for i in [data.ends[i, k].item()] if i >= 0]
+            ids = torch.tensor([start + end])
             with torch.no_grad():
                 logprobs = model(ids).logits.log_softmax(-1)[0]
             total = sum(logprobs[t - 1, ids[0, t]] for t in range(len(start), ids.shape[1]))
@@ -284,20 +287,20 @@ def write(path, *records):
 
 
 def scored(n, K):
-    """n records of K completions with rewards, all different."""
+    """n records of K completions, all different, with rewards of which some are equal."""
     return [
         {"prompt": f"{i}+{i}=", "completions": [f"{i}{'+1' * k}" for k in range(K)],
-         "rewards": torch.randn(K).tolist()} for i in range(n)
+         "rewards": (3 * torch.randn(K)).round().tolist()} for i in range(n)
     ]  # fmt: skip
 
 
-def given(stage, prompt, texts, rewards):
-    """The rows of a record."""
-    encode = stage.tokenizer
-    return [
-        Row(text, encode(prompt).input_ids[-1], [*encode(text).input_ids, 256], None, reward)
-        for text, reward in zip(texts, rewards, strict=True)
-    ]
+def given(stage, prompt, texts, rewards, ends=None):
+    """The rows of a record. Each ends with an EOS, or as it was sampled."""
+    encode, rows = stage.tokenizer, []
+    for text, reward, end in zip(texts, rewards, ends or [[256]] * len(texts), strict=True):
+        ids = [*encode(text).input_ids, *end]
+        rows.append(Row(text, encode(prompt).input_ids[-1], ids, None, reward))
+    return rows
 
 
 def loss_by_loops(loss, groups, theta, ref, beta):
@@ -313,7 +316,7 @@ def loss_by_loops(loss, groups, theta, ref, beta):
                 total += ((R[i] - R[j]) - beta * (h[i] - h[j])) ** 2 / (2 * beta) / (K - 1)
         else:
             total += (0.5 - d) ** 2 if loss == "ipo" else (1 + (-d).exp()).log()
-        ranked += max(range(K), key=lambda k: h[k].item()) == best
+        ranked += R[max(range(K), key=lambda k: h[k].item())] == max(R)
     return total / len(groups), ranked / len(groups)
 
 
@@ -421,8 +424,9 @@ def test_everything_that_train_hands_on_online(stage, K, flags):
     assert not (run.dir / "data.jsonl").exists()
 
 
-def test_data_is_collected_from_the_task(stage):
-    """70 prompts in batches of 64, K completions of the first policy, the task's own rewards."""
+def test_data_is_collected_from_the_task(stage, capsys):
+    """70 prompts in batches of 64, K completions of the first policy, the task's own rewards, and
+    the token at the end of each, if it was not cut."""
     more = ["--task", "add", "--completions", 3, "--pairs", 70, "--prompts", 16, "--epochs", 1]
     run, rows, _ = stage.train(copg, *FLAGS, *more)
     calls = stage.samples
@@ -431,11 +435,17 @@ def test_data_is_collected_from_the_task(stage):
     ]
     for call in calls:
         assert (call["group_size"], call["T"], call["temperature"], call["seed"]) == (3, 5, 1.0, 4)
-    groups = [
-        given(stage, prompt, [row.text for row in rows], [row.reward for row in rows])
-        for call in calls
-        for prompt, rows in zip(call["prompts"], call["groups"], strict=True)
-    ]
+    groups, kept = [], copg.read_data(run.dir / "data.jsonl").ends.tolist()
+    for call in calls:
+        cut = iter(call["truncated"])
+        for prompt, group in zip(call["prompts"], call["groups"], strict=True):
+            ends = [[] if next(cut) else row.tokens[-1:] for row in group]
+            record = [row.text for row in group], [row.reward for row in group]
+            groups.append(given(stage, prompt, *record, ends))
+            assert [[end] * (end >= 0) for end in kept[len(groups) - 1]] == ends
+    cut = [x for call in calls for x in call["truncated"]]
+    said = f"sampled data: {sum(cut) / len(cut):.3f} of the completions end at --max-new-tokens"
+    assert 0.2 < sum(cut) / len(cut) < 0.6 and said in capsys.readouterr().out
     orders = [copg.records(16 * i, 16, 70, seed=4) for i in range(5)]
     steps = [[groups[i] for i in order] for order in orders]
     check(stage, run, rows, steps, [0.02] * 5)
@@ -704,12 +714,27 @@ def test_data_is_kept_bit_for_bit(tmp_path):
     """Any text, the empty one too, and any float32."""
     data = copg.Data(["a", '\u2028\n"é'], [["", " b\r\n"], ["\U0001f600", "c"]])
     data.rewards = torch.tensor([[0.1, -1e-38], [3e38, 1 / 3]])
-    data.ref_logprobs = -100 * torch.rand(2, 2)
+    data.ref_logprobs, data.ends = -100 * torch.rand(2, 2), torch.tensor([[256, -1], [7, 256]])
     data.save(tmp_path / "data.jsonl")
     read = copg.read_data(tmp_path / "data.jsonl")
     assert (read.prompts, read.completions) == (data.prompts, data.completions)
     assert torch.equal(read.rewards, data.rewards)
     assert torch.equal(read.ref_logprobs, data.ref_logprobs)
+    assert torch.equal(read.ends, data.ends)
+
+
+def test_a_given_completion_ends_as_the_chat_template_ends_an_answer(small):
+    """Gemma's turns end with a stop token that is not the tokenizer's EOS."""
+    model, tokenizer = small
+    turns = "{% for m in messages %}{{ m.content }}#{% endfor %}@"
+    (stop,) = tokenizer("#", add_special_tokens=False).input_ids
+    expected = [(None, [256, stop], 256), (turns, [256, stop], stop), (turns, 256, 256)]
+    for template, stops, end in expected:
+        tokenizer.chat_template, model.generation_config.eos_token_id = template, stops
+        rollout = copg.encode(model, tokenizer, ["1", "2"], ["3", "45"])
+        tokens = [*tokenizer("45", add_special_tokens=False).input_ids, end]
+        assert rollout.completion_ids[1].tolist() == tokens
+        assert rollout.completion_mask.sum(1).tolist() == [2, 3] and not rollout.truncated.any()
 
 
 def test_a_single_record_is_trained_on_and_held_out():
@@ -721,7 +746,9 @@ def test_no_prompt_is_trained_on_and_held_out():
     prompts = [f"{i // 2 % 12}" for i in range(30)]  # two records of each, the first ones thrice
     rewards = torch.arange(30.0)[:, None]
     data = copg.Data(prompts, [["b", "c"]] * 30, rewards, where=prompts)
+    data.ends = torch.arange(30)[:, None]
     rest, held_out = data.split()
+    assert rest.ends.tolist() == rest.rewards.tolist()
     assert held_out == ["0", "0", "10", "10", "0", "0"]
     assert rest.prompts == [p for p in prompts if p not in ("0", "10")] == rest.where
     assert [prompts[int(i)] for i in rest.rewards[:, 0]] == rest.prompts

@@ -191,6 +191,8 @@ def copg_difference(monkeypatch, directory, out, K, rows=12) -> float:
         | {"rewards": [((7 * i + 3 * j) % 5) / 5 for j in range(K)]}
         for i in range(40)
     ]
+    for i, line in enumerate(lines) if K > 2 else []:  # cut, or ended by another stop token
+        line["ends"] = [(256, -1, 7)[(i + j) % 3] for j in range(K)]
     data.write_text("\n".join(map(json.dumps, lines)) + "\n")
     flags = [*COMMON, "--num_generations", str(K), "--per_device_train_batch_size", str(rows // 2)]
     flags += ["--gradient_accumulation_steps", "2", "--model", str(directory), "--beta", "0.3"]
@@ -209,8 +211,9 @@ def copg_difference(monkeypatch, directory, out, K, rows=12) -> float:
     gradient, calls, trainer = run_one_step(monkeypatch, "copg", RLOOTrainer, flags)
     given = {}  # (prompt's ids, completion's ids) as copg.py encodes them -> reward
     for line in lines:
+        ends = torch.tensor(line["ends"]) if "ends" in line else None
         rows = copg.encode(
-            moved, trainer.processing_class, [line["prompt"]] * K, line["completions"]
+            moved, trainer.processing_class, [line["prompt"]] * K, line["completions"], ends
         )
         for i in range(K):
             pair = (
@@ -513,3 +516,5 @@ if __name__ == "__main__":
         results[name] = result
     if os.environ["RANK"] == "0":
         print("RESULTS" + json.dumps(results))
+    if torch.distributed.is_initialized():  # else gloo's threads may abort a process that exits
+        torch.distributed.destroy_process_group()
