@@ -16,6 +16,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -556,14 +557,15 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable:
 count, positive, share = number(int, 1), number(float, 1e-12), number(float, 0, 1)
 
 
-def add_run_flags(parser: Parser, eval_samples: int = 4) -> None:
+def add_run_flags(parser: Parser, tiny: dict, real: dict, eval_samples: int = 4) -> None:
     """The flags that concern the run, not the algorithm."""
     add, k = parser.add_argument_group("run").add_argument, eval_samples
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--out", help="directory of the run, new or empty (default: runs/<script>, -2, -3, ...)")
     add("--resume", metavar="DIR", help="continue the run in DIR; --steps and --device may change")
-    add("--save-every", type=count, help="steps between checkpoints")
-    add("--eval-every", type=count, help="steps between evaluations")
+    for name, what in ("save_every", "checkpoints"), ("eval_every", "evaluations"):
+        text = f"steps between {what} (default: {real[name]}; tiny: {tiny[name]})"
+        add(f"--{name.replace('_', '-')}", type=count, help=text)
     add("--eval-problems", type=count, default=200, help="held-out problems (default: 200)")
     add("--eval-first", type=number(int, 0), default=0, help="number of the first, to choose flags "
         "on some problems and report on others (default: 0)")  # fmt: skip
@@ -606,7 +608,7 @@ def parse_flags(parser: Parser, argv: list[str] | None, defaults: Callable) -> a
                 f"is {config.get(flag)}"
             )
     if config and args.schedule == "cosine" and args.steps != config["steps"]:
-        print(f"the cosine schedule now ends at step {args.steps}: the learning rate rises again")
+        print(f"the cosine schedule now ends at step {args.steps}: the learning rate jumps")
     return args
 
 
@@ -788,9 +790,8 @@ class Run:
             new.rename(self.checkpoint)
             shutil.rmtree(old, ignore_errors=True)
         except Exception as error:  # a full disk: OSError, RuntimeError or SafetensorError
-            raise UserError(
-                f"{new} could not be written ({error}); {self.how_to_resume}"
-            ) from error
+            rest = f"; {self.how_to_resume}" if self.checkpoint.exists() else ""
+            raise UserError(f"{new} could not be written ({error}){rest}") from error
 
     def finish(self, total: int) -> None:
         """Draw the curves and print the summary."""
@@ -802,10 +803,12 @@ class Run:
         peak *= 1 if sys.platform == "darwin" else 1024
         if self.model.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
+        missed = state["step"] % self.args.eval_every if state["step"] < total else 0
+        stale = f"   (at step {state['step'] - missed})" if missed else ""
         lines = [
             f"\n{self.args.command}: {state['step']} of {total} steps",
             f"before   {describe(state['before'])}",
-            f"after    {describe(state['after'])}",
+            *([f"after    {describe(state['after'])}{stale}"] if state["after"] else []),
             f"took     {state['seconds']:.0f} s, {peak / 2**30:.2f} GiB at the peak"
             + (f", {state['tokens']:,} sampled tokens" if state["tokens"] else ""),
             *(f"warning  {message}: {n} times" for message, n in state["warnings"].items()),
@@ -881,7 +884,7 @@ def plain_errors(script: str):
         if "non-finite" in str(error):  # clip_grad_norm_ says so before the optimizer sees it
             line = "the gradient is NaN or infinite, so training stops; a lower --lr may help, and "
             line, status = line + "--resume continues from the last checkpoint", 1
-        elif "memory" in repr(error).lower():
+        elif re.search("out of memory|(allocate|enough) memory|memoryerror", repr(error), re.I):
             line = "out of memory: lower --micro-batch-tokens, --prompts or --max-new-tokens, or "
             line, status = line + "add --grad-checkpointing", 2
         else:

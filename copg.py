@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
     add("--reward-model", help="sequence classifier with one label, or task: the task's own reward "
         "(default: task; posts: a learned one)")  # fmt: skip
-    add("--task", help="posts, add, gsm8k, file.jsonl, module:Name-v0 (default: posts)")
+    add("--task", help="posts, add, words, count, gsm8k, file.jsonl, module:Name-v0")
     add("--data", help="file.jsonl of scored completions or preferences")
     add("--no-chat-template", action="store_true", help="give the model the bare prompt")
     add("--pairs", type=count, help="prompts to collect data for (default: 6400)")
@@ -87,10 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=number(float, 0), default=0.0, help="default: 0")
     add("--clip-grad", type=positive, default=1.0, help="gradient norm (default: 1; not in paper)")
     add("--max-new-tokens", type=count, help="of a sampled completion (default: 128; tiny: 48)")
-    add("--micro-batch-tokens", type=count, help="per forward pass; does not change the result")
-    add("--grad-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--micro-batch-tokens", type=count, help="per forward pass (default: 8192; tiny: 4096)")
+    add("--grad-checkpointing", action="store_true", help="less memory, more time")
 
-    common.add_run_flags(parser, eval_samples=1)
+    common.add_run_flags(parser, TINY, REAL, eval_samples=1)
     return common.parse_flags(parser, argv, defaults)
 
 
@@ -100,6 +100,8 @@ def defaults(args: argparse.Namespace) -> dict:
     written = args.data or (task == "posts" and not args.online)  # nothing is sampled
     if args.data and args.online:
         raise UserError("--online samples its own completions: leave out --data")
+    if args.data and args.model == "tiny" and not task:
+        raise UserError("--data with --model tiny needs --task: whose demonstrations to imitate?")
     if args.completions and written:
         raise UserError("--completions does nothing: the completions are given, not sampled")
     if args.completions == 1:

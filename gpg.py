@@ -47,15 +47,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model and task").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
-    add("--task", default="add", help="add, gsm8k, file.jsonl, module:Name-v0 (default: add)")
+    add("--task", default="add", help="add, words, count, gsm8k, file.jsonl, module:Name-v0")
     add("--no-chat-template", action="store_true", help="give the model the bare prompt")
 
     add = parser.add_argument_group("Group Policy Gradient").add_argument
     add("--prompts", type=count, default=16, help="B per step (default: 16; paper: 144)")
     add("--group-size", type=number(int, 2), default=8, help="G (default: 8, as in the paper)")
     add("--f-norm", choices=["1", "std"], default="1", help="eq. 6 (default: 1, as in the paper)")
-    add("--no-alpha", action="store_true", help="alpha = 1 in eq. 8")
-    add("--beta-th", type=share, default=0.6, help="0: off (default: 0.6, as in the paper)")
+    add("--no-alpha", action="store_true", help="alpha = 1: nothing makes up for dead groups")
+    add("--beta-th", type=share, default=0.6, help="least share of valid groups (default: 0.6)")
     add("--max-rounds", type=count, help="at most this many batches per step (default: 4)")
 
     add = parser.add_argument_group("sampling and optimisation").add_argument
@@ -67,10 +67,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--schedule", choices=["constant", "cosine"], help="default: constant; tiny: cosine")
     add("--weight-decay", type=number(float, 0), default=0.0, help="default: 0; paper: 0.1")
     add("--clip-grad", type=positive, default=1.0, help="gradient norm (default: 1)")
-    add("--micro-batch-tokens", type=count, help="per forward pass; does not change the result")
-    add("--grad-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--micro-batch-tokens", type=count, help="per forward pass (default: 8192; tiny: 2048)")
+    add("--grad-checkpointing", action="store_true", help="less memory, more time")
 
-    common.add_run_flags(parser)
+    common.add_run_flags(parser, TINY, REAL)
     return common.parse_flags(parser, argv, defaults)
 
 

@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model and task").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
-    add("--task", default="add", help="add, gsm8k, file.jsonl, module:Name-v0 (default: add)")
+    add("--task", default="add", help="add, words, count, gsm8k, file.jsonl, module:Name-v0")
     add("--no-chat-template", action="store_true", help="give the model the bare prompt")
 
     add = parser.add_argument_group("Group Relative Policy Optimization").add_argument
@@ -87,10 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--schedule", choices=["constant", "cosine"], help="default: constant; tiny: cosine")
     add("--weight-decay", type=number(float, 0), default=0.0, help="default: 0")
     add("--clip-grad", type=positive, default=1.0, help="gradient norm (default: 1)")
-    add("--micro-batch-tokens", type=count, help="per forward pass; does not change the result")
-    add("--grad-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--micro-batch-tokens", type=count, help="per forward pass (default: 8192; tiny: 2048)")
+    add("--grad-checkpointing", action="store_true", help="less memory, more time")
 
-    common.add_run_flags(parser)
+    common.add_run_flags(parser, TINY, REAL)
     args = common.parse_flags(parser, argv, defaults)
     if args.minibatches > args.prompts * args.group_size:
         raise common.UserError(f"--minibatches {args.minibatches}: more than there are completions")

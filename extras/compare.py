@@ -4,7 +4,7 @@ Three tables: the methods with B = 16 and with B = 64 prompts per step (tables 1
 GPG paper), and the group size with 128 completions per step (its table 11). All methods that sample
 again have the same cap on the rounds of a step. The learning rate of each is chosen by its accuracy
 after equal numbers of completions, from a grid that widens until the best is inside, with a seed
-and on problems that are not reported. Five other seeds are.
+that is not reported and on other draws of the test problems. Five other seeds are reported.
 
 The learning rate is constant, so that a run's curve may be read at any point: after equal numbers
 of sampled completions, after equal times (sampling and updates only), and after equal steps. Runs
@@ -99,6 +99,8 @@ def run(method: Method, B: int, G: int, rate: str, seed: int, steps: int, args) 
         )  # fmt: skip
         if result.returncode:
             raise common.UserError(f"{out.name}: {result.stderr.strip()[-500:]}")
+        if not finished(out, steps):
+            raise common.UserError(f"{out.name}: it was stopped; the same command continues it")
     return curve(out, B * G)
 
 

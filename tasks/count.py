@@ -20,7 +20,7 @@ class Count(TextTask):
     """How many squares are red? `red?` is answered by `1+0+2=3`: row by row, then the sum.
 
     Half of the demonstrations after the first ones have a slip in a row. The pictures of the test
-    are drawn from other seeds; of 4^9 pictures hardly one is met twice.
+    are drawn from other seeds; simple ones recur, and half of them are among the demonstrations.
     """
 
     def __init__(self, split: str = "train"):

@@ -31,12 +31,20 @@ def make_task(name: str, split: str = "train") -> gymnasium.Env:
         try:
             return gymnasium.make(name, disable_env_checker=True, split=split)
         except TypeError:  # it has no splits
-            return gymnasium.make(name, disable_env_checker=True)
+            env = gymnasium.make(name, disable_env_checker=True)
+            return env if split == "train" else Elsewhere(env)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise UserError(
             f"--task {name}: not a task such as add or gsm8k, a .jsonl file or module:Name-v0 "
             f"({error})"
         ) from error
+
+
+class Elsewhere(gymnasium.Wrapper):
+    """The test of a task without splits: problems whose numbers no training reaches."""
+
+    def reset(self, *, seed=None, options=None):
+        return self.env.reset(seed=seed + 10**15, options=options)
 
 
 def get_prompts(task: gymnasium.Env, problems: list[int]) -> list:

@@ -42,7 +42,7 @@ TINY = {
 }
 WARM_START = {"steps": 350, "tokens_per_step": 2048, "lr": 2e-3}
 
-# For tasks with pictures, a Qwen3-VL of 0.7 million parameters. One image token for 8 x 8 pixels.
+# For tasks with pictures, a Qwen3-VL of 0.9 million parameters. One image token for 8 x 8 pixels.
 TINY_TEXT = {
     "hidden_size": 128,
     "intermediate_size": 384,

@@ -409,6 +409,7 @@ def test_a_signal_finishes_the_step_and_saves(whole, model, tmp_path, monkeypatc
     assert len(rows(out)) == 4 and step_of(out / "checkpoint") == 3
     said = capsys.readouterr()
     assert "3 of 6 steps" in said.out and f"python gpg.py --resume {out}" in said.out
+    assert said.out.split("after    ")[1].splitlines()[0].endswith("   (at step 2)")
     assert "finishing this step" in said.err and (out / "curves.png").exists()
     run("gpg.py", ["--resume", out])
     assert_same(out, whole["gpg.py"])
@@ -503,6 +504,7 @@ COMBINATIONS = [  # scripts, flags, what the line says
     ("copg.py", "--data none.jsonl", ["none.jsonl: cannot be read"]),
     ("copg.py", "--data none.jsonl --completions 3", ["--completions does nothing"]),
     ("copg.py", "--data none.jsonl --pairs 5", ["--pairs does nothing"]),
+    ("copg.py", "--model tiny --data none.jsonl", ["--data with --model tiny needs --task"]),
     ("copg.py", "--data none.jsonl --online", ["--online samples its own", "--data"]),
     ("copg.py", "--completions 3", ["--completions does nothing"]),  # posts come with theirs
     ("copg.py", "--task add --completions 1", ["--completions 1: a completion needs another"]),
@@ -667,6 +669,12 @@ def test_out_of_memory_names_the_flags(error, capsys):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gpg.py: out of memory") and "--micro-batch-tokens" in line
+
+
+def test_other_trouble_with_memory_is_not_a_lack_of_it():
+    error = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match=error), common.plain_errors("gpg.py"):
+        raise RuntimeError(error)
 
 
 def test_warnings_are_said_at_powers_of_two(model, tmp_path, capsys):

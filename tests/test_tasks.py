@@ -251,6 +251,9 @@ def test_a_plain_environment_of_ones_own(tmp_path, monkeypatch):
     task = make_task("count_tasks:Count-v0", "test")
     prompts = get_prompts(task, [3, 4, 3])
     assert prompts[0] == prompts[2]
+    train = make_task("count_tasks:Count-v0")  # the test has problems that no training reaches
+    assert get_prompts(train, [10**15 + 3, 10**15 + 4]) == prompts[:2]
+    assert get_prompts(train, range(50)) != get_prompts(task, range(50))
     n = [int(prompt.split()[1]) for prompt in prompts]
     completions = ["a" * n[0], "a" * (n[0] + 2), "a" * (n[1] + 1), "a" * n[1]]
     rewards, solved = get_rewards(task, [3, 4], completions)
