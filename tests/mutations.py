@@ -307,6 +307,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ("ranked: of equal rewards only the first", "copg.py", "(likeliest == rewards[i].amax(1)).sum()", "(logratios.argmax(1) == rewards[i].argmax(1)).sum()", "copg"),
     ("TRL: the ends of the file ignored", "extras/on_trl.py", "eos if end is None else end for end in", "eos for _ in", "on_trl"),
     ("held-out prompts in training", "copg.py", "if not held] or list(", "] or list(", "copg"),
+    ("compare: a stopped run is finished", "extras/compare.py", 'raise common.UserError(f"{out.name}: it was stopped; the same command continues it")', "pass", "extras"),
     ("a test without splits is the training's", "tasks/episodes.py", "seed=seed + 10**15", "seed=seed", "tasks"),
     ("any trouble with memory is a lack of it", "common.py", "out of memory|(allocate|enough) memory|memoryerror", "memory", "runs"),
     ("the last figures pass for the last step's", "common.py", "{describe(state['after'])}{stale}", "{describe(state['after'])}", "runs"),

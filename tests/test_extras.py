@@ -137,6 +137,10 @@ def test_compare_runs_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "TABLES", [compare.Table("B = 16", 4, rows)])
     with pytest.raises(UserError, match="plain-B16-G8-3e-5-100: it broke"):
         compare.main(flags)
+    rows = [(compare.CHAIN[0], 16, 8)]  # a signal stops a run, which still ends well
+    monkeypatch.setattr(compare, "TABLES", [compare.Table("B = 16", 9, rows)])
+    with pytest.raises(UserError, match="grpo-B16-G8-3e-5-100: it was stopped"):
+        compare.main(flags)
 
 
 def test_compare_changes_one_thing_at_a_time():
