@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
     add("--reward-model", help="sequence classifier with one label, or task: the task's own reward "
         "(default: task; posts: a learned one)")  # fmt: skip
-    add("--task", help="posts, add, words, count, gsm8k, file.jsonl, module:Name-v0")
+    add("--task", help="posts, add, count, gsm8k, file.jsonl, module:Name-v0 (default: posts)")
     add("--data", help="file.jsonl of scored completions or preferences")
     add("--no-chat-template", action="store_true", help="give the model the bare prompt")
     add("--pairs", type=count, help="prompts to collect data for (default: 6400)")
@@ -260,15 +260,16 @@ def encode(
 ) -> Rollout:
     """Given completions as a Rollout without log-probs. `ends` are the N tokens at their ends, -1
     where one was cut; by default each has the EOS. Raises UserError."""
-    end = end_token(model, tokenizer)
-    ends = [end] * len(completions) if ends is None else ends.flatten().long().tolist()
+    if ends is None:
+        ends = torch.full((len(completions),), end_token(model, tokenizer))
+    ends = ends.flatten().long()
     rows = tokenizer(completions, add_special_tokens=False).input_ids
-    rows = [row + [end] * (end >= 0) for row, end in zip(rows, ends, strict=True)]
+    rows = [row + [end] * (end >= 0) for row, end in zip(rows, ends.tolist(), strict=True)]
     common.check_rows(model, completions, rows)
     ids, mask = common.pad(rows, "right", model.device)
     pictures = common.read_pictures(tokenizer, prompts)
     prompt = common.encode_prompts(model, tokenizer, prompts, ids.shape[1], pictures)
-    cut = torch.tensor(ends, device=model.device) < 0
+    cut = ends.to(model.device) < 0
     return Rollout(*prompt, ids, mask, 0.0 * mask, cut, completions, pictures)
 
 

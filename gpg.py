@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model and task").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
-    add("--task", default="add", help="add, words, count, gsm8k, file.jsonl, module:Name-v0")
+    add("--task", default="add", help="add, gsm8k, ..., file.jsonl, module:Name-v0 (default: add)")
     add("--no-chat-template", action="store_true", help="give the model the bare prompt")
 
     add = parser.add_argument_group("Group Policy Gradient").add_argument
@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--group-size", type=number(int, 2), default=8, help="G (default: 8, as in the paper)")
     add("--f-norm", choices=["1", "std"], default="1", help="eq. 6 (default: 1, as in the paper)")
     add("--no-alpha", action="store_true", help="alpha = 1: nothing makes up for dead groups")
-    add("--beta-th", type=share, default=0.6, help="least share of valid groups (default: 0.6)")
+    add("--beta-th", type=share, default=0.6, help="valid share to reach; 0: off (default: 0.6)")
     add("--max-rounds", type=count, help="at most this many batches per step (default: 4)")
 
     add = parser.add_argument_group("sampling and optimisation").add_argument

@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model and task").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
-    add("--task", default="add", help="add, words, count, gsm8k, file.jsonl, module:Name-v0")
+    add("--task", default="add", help="add, gsm8k, ..., file.jsonl, module:Name-v0 (default: add)")
     add("--no-chat-template", action="store_true", help="give the model the bare prompt")
 
     add = parser.add_argument_group("Group Relative Policy Optimization").add_argument
