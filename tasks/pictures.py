@@ -1,8 +1,8 @@
-"""What is about pictures alone: reading them, and turning them into a model's inputs.
+"""Everything specific to pictures: reading them, and turning them into a model's inputs.
 
-A prompt with a picture is a Dict observation: {"image": array [H, W, 3] uint8, "text": str}. The
-models are the Qwen-VL family: a picture becomes patches for the vision tower, and as many image
-tokens in the prompt as the tower gives vectors.
+A prompt with a picture is a Dict observation: {"image": uint8 [H, W, 3], "text": str}. The models
+are the Qwen-VL family. The vision tower turns a picture into embeddings, each of which takes the
+place of one image token in the prompt. `common.py` calls what stands below the first section.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from .base import UserError
 
 FAMILIES = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}  # by config.model_type
 DATA_URI = "data:image/png;base64,"
 
-
-def prompt_text(prompt: str | dict) -> str:
-    return prompt if isinstance(prompt, str) else prompt["text"]
+# --------------------------------------------------------------------------------------------------
+# Files and arrays
+# --------------------------------------------------------------------------------------------------
 
 
 def read_image(source: str, where: str) -> np.ndarray:
-    """A picture file or a data URI -> [H, W, 3] uint8.
+    """A picture file or a data URI -> uint8 [H, W, 3].
 
-    Raises UserError, with `where` it was named, for one that is missing, truncated or no picture.
+    Raises UserError, naming `where`, if the file is missing, truncated or not an image.
     """
     try:
         file = Path(source)
@@ -42,20 +43,45 @@ def read_image(source: str, where: str) -> np.ndarray:
 
 
 def data_uri(image: np.ndarray) -> str:
-    """[H, W, 3] uint8 -> a PNG as a text, without loss."""
+    """uint8 [H, W, 3] -> a PNG data URI."""
     Image.fromarray(image).save(file := io.BytesIO(), "png")
     return DATA_URI + base64.b64encode(file.getvalue()).decode()
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------
+
+
+def is_vision(config) -> bool:
+    return config.model_type in FAMILIES
+
+
+def load_weights(name: str, **options):
+    """As AutoModelForCausalLM.from_pretrained, for a model that reads pictures."""
+    return AutoModelForImageTextToText.from_pretrained(name, **options)
+
+
+def load_processor(name: str):
+    """The image processor. The Pillow backend, to avoid torchvision."""
+    return AutoImageProcessor.from_pretrained(name, backend="pil")
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts
+# --------------------------------------------------------------------------------------------------
 
 
 def read_pictures(tokenizer, prompts: list) -> list[dict[str, Tensor] | None]:
     """Each prompt's picture as the model's inputs, None for a prompt without one.
 
-    pixel_values [patches, features] and image_grid_thw [1, 3], its patches in time, height and
-    width. Prompts that are one object share them. Raises UserError if the model is for text only,
-    or cannot take a picture.
+    pixel_values [patches, features] and image_grid_thw [1, 3], the patches in time, height and
+    width. A prompt that is repeated is read once. Raises UserError if the model reads text only or
+    cannot take the picture.
     """
-    done = {id(p): picture_inputs(tokenizer, p) for p in prompts if not isinstance(p, str)}
-    return [done.get(id(p)) for p in prompts]
+    with_picture = {id(prompt): prompt for prompt in prompts if isinstance(prompt, dict)}
+    inputs = {key: picture_inputs(tokenizer, prompt) for key, prompt in with_picture.items()}
+    return [inputs.get(id(prompt)) for prompt in prompts]
 
 
 def picture_inputs(tokenizer, prompt: dict) -> dict[str, Tensor]:
@@ -74,40 +100,58 @@ def picture_inputs(tokenizer, prompt: dict) -> dict[str, Tensor]:
         raise UserError(f"a picture of {size} pixels: {error}") from error
 
 
-def image_tokens(tokenizer, picture: dict[str, Tensor]) -> int:
-    """The number of image tokens that stand for a picture."""
-    return int(picture["image_grid_thw"].prod()) // tokenizer.image_processor.merge_size**2
+def expand_image_tokens(rows: list, pictures: list, model, tokenizer) -> list[list[int]]:
+    """Token ids of prompts, with one image token for each embedding of their picture.
+
+    Raises UserError unless a prompt with a picture has exactly one image token to expand, and a
+    prompt without one has none: its text may contain one, or the chat template may leave it out.
+    """
+    if not any(pictures):
+        return rows
+    image_id, expanded = model.config.image_token_id, []
+    for row, picture in zip(rows, pictures, strict=True):
+        found, wanted = row.count(image_id), 0 if picture is None else 1
+        if found != wanted:
+            raise UserError(
+                f"a prompt has {found} image tokens for {wanted} pictures: its text, or the "
+                "model's chat template, does not fit"
+            )
+        if picture is not None:
+            n = int(picture["image_grid_thw"].prod()) // tokenizer.image_processor.merge_size**2
+            i = row.index(image_id)
+            row = [*row[:i], *[image_id] * n, *row[i + 1 :]]
+        expanded.append(row)
+    return expanded
 
 
-def chat_content(text: str, picture) -> str | list[dict]:
-    """The content of a user's turn: the text, after the picture if there is one."""
-    return text if picture is None else [{"type": "image"}, {"type": "text", "text": text}]
+# --------------------------------------------------------------------------------------------------
+# The forward pass
+# --------------------------------------------------------------------------------------------------
 
 
-def picture_mark(tokenizer, config) -> str:
-    """What stands for a picture in a prompt without a chat template."""
-    ids = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
-    return "".join(tokenizer.convert_ids_to_tokens(ids))
+def positions(model, ids: Tensor, mask: Tensor, pictures: list) -> Tensor:
+    """Position ids [3, N, L] (M-RoPE of Qwen2-VL, arXiv 2409.12191, section 2.1).
+
+    An image token has a time, a row and a column; the text goes on after the largest of them.
+    """
+    grids = torch.cat([picture["image_grid_thw"] for picture in pictures if picture is not None])
+    kinds = (ids == model.config.image_token_id).int()  # 1: of an image
+    grids = grids.to(ids.device)
+    return model.base_model.get_rope_index(ids, kinds, grids, attention_mask=mask.long())[0]
 
 
-def insert_picture(tokenizer, row: list[int], image_id: int, picture) -> list[int]:
-    """A prompt's token ids, its one image token repeated. Raises UserError if it has another
-    number of them: none with a chat template that leaves pictures out, two if the text has one."""
-    places = [i for i, token in enumerate(row) if token == image_id]
-    if len(places) != (picture is not None):
-        raise UserError(
-            f"a prompt has {len(places)} image tokens for {int(picture is not None)} pictures: "
-            "its text, or the model's chat template, does not fit"
-        )
-    if picture is None:
-        return row
-    i, n = places[0], image_tokens(tokenizer, picture)
-    return [*row[:i], *[image_id] * n, *row[i + 1 :]]
-
-
-def forward_inputs(pictures: list, device) -> dict[str, Tensor]:
+def model_inputs(pictures: list, device) -> dict[str, Tensor]:
     """What the forward pass needs of the pictures of its rows; nothing if there are none."""
     real = [picture for picture in pictures if picture is not None]
     if not real:
         return {}
     return {name: torch.cat([picture[name] for picture in real]).to(device) for name in real[0]}
+
+
+def without_image_tokens(model, ids: Tensor) -> Tensor:
+    """Completion ids with another token for a sampled image token, which has no picture.
+
+    It stops its completion, so that nothing is predicted from it.
+    """
+    image_id = getattr(model.config, "image_token_id", None)
+    return ids if image_id is None else ids.masked_fill(ids == image_id, 0)

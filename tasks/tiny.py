@@ -27,7 +27,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .base import UserError, cache_dir
-from .pictures import forward_inputs, insert_picture, picture_inputs, picture_mark, prompt_text
+from .pictures import expand_image_tokens, model_inputs, read_pictures
+from .prompts import plain_text
 
 # A Llama of 0.9 million parameters, and the supervised run it starts from.
 TINY = {
@@ -140,27 +141,24 @@ def tiny_tokenizer(words: list[str] | None = None):
 
 def warm_start(model, tokenizer, task) -> None:
     """Supervised learning on the task's demonstrations, each seen once."""
-    index, sees = 0, hasattr(tokenizer, "image_processor")
-    mark = picture_mark(tokenizer, model.config) if sees else ""
+    index = 0
 
     def batch_loss(step: int) -> Tensor:
         nonlocal index
         rows, labels, pictures, tokens = [], [], [], 0
         while tokens < WARM_START["tokens_per_step"]:
-            prompt, picture = task.reset(seed=index)[0], None
-            if isinstance(prompt, dict):
-                picture = picture_inputs(tokenizer, prompt)
-            prompt = tokenizer(mark * (picture is not None) + prompt_text(prompt)).input_ids
-            if picture is not None:
-                prompt = insert_picture(tokenizer, prompt, model.config.image_token_id, picture)
-            pictures.append(picture)
+            prompts = [task.reset(seed=index)[0]]
+            new = read_pictures(tokenizer, prompts)
+            ids = tokenizer([plain_text(prompts[0], model, tokenizer)]).input_ids
+            (prompt,) = expand_image_tokens(ids, new, model, tokenizer)
+            pictures += new
             completion = [*tokenizer(task.demonstration(index)).input_ids, tokenizer.eos_token_id]
             rows.append(torch.tensor(prompt + completion))
             labels.append(torch.tensor([-100] * len(prompt) + completion))  # -100: no loss
             tokens += len(rows[-1])
             index += 1
         ids, labels = pad_sequence(rows, batch_first=True), pad_sequence(labels, True, -100)
-        images = forward_inputs(pictures, ids.device)
+        images = model_inputs(pictures, ids.device)
         if images:
             images["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         return model(ids, labels=labels, **images).loss

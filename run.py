@@ -1,0 +1,329 @@
+"""A run: its flags, its directory, its checkpoints and its errors. No algorithm lives here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tasks import UserError
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: no lock, and no memory in the summary
+    fcntl = resource = None
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints as one-line errors."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help shows all flags")
+
+
+def number(kind: type, low: float, high: float = 1e9) -> Callable:
+    """An argparse type: an int or a float from low to high."""
+
+    def parse(text: str):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # argparse names it in its own message
+    return parse
+
+
+positive_int, positive_float, fraction = number(int, 1), number(float, 1e-12), number(float, 0, 1)
+
+
+def add_run_flags(parser: Parser, eval_samples: int = 4) -> None:
+    """The flags of the run itself."""
+    add = parser.add_argument_group("run").add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    first = "index of the first one, to tune on one part and report on another (default: 0)"
+    samples = f"completions of each held-out problem (default: {eval_samples})"
+    add("--out", help="directory of the run, new or empty (default: runs/<script>, -2, -3, ...)")
+    add("--resume", metavar="DIR", help="continue the run in DIR; --steps and --device may change")
+    add("--save-every", type=positive_int, default=20, help="steps per checkpoint (default: 20)")
+    add("--eval-every", type=positive_int, help="steps between evaluations (default: a tenth)")
+    add("--eval-problems", type=positive_int, default=200, help="held-out problems (default: 200)")
+    add("--eval-first", type=number(int, 0), default=0, help=first)
+    add("--eval-samples", type=positive_int, default=eval_samples, help=samples)
+    add("--device", default=device, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--seed", type=number(int, 0, 10**6), default=0, help="of data and sampling (default: 0)")
+
+
+def parse_flags(parser: Parser, argv: list[str] | None, defaults: Callable) -> argparse.Namespace:
+    """The command line. defaults(args) gives the defaults that depend on other flags.
+
+    With --resume DIR the defaults are those of DIR/config.json, and only --steps and --device may
+    differ from it. Raises UserError.
+    """
+    args = parser.parse_args(argv)
+    if not args.resume:
+        parser.set_defaults(script=parser.prog, **defaults(args))
+        args = parser.parse_args(argv)
+        stem = f"runs/{Path(parser.prog).stem}"
+        names = [stem, *(f"{stem}-{n}" for n in range(2, 1000))]
+        args.out = args.out or next(name for name in names if not Path(name).exists())
+        return args
+    try:
+        config = json.loads((Path(args.resume) / "config.json").read_text(encoding="utf-8"))
+        if config.get("script") != parser.prog:
+            raise ValueError(f"it was not begun by this {parser.prog}")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"--resume {args.resume}: no run to continue ({error!s:.150})") from error
+    # argparse checks a default that is a text as if it stood on the command line.
+    texts = {x: v if v is None or isinstance(v, bool) else str(v) for x, v in config.items()}
+    parser.set_defaults(**texts | {"out": args.resume, "resume": args.resume})
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if name not in ("out", "resume", "steps", "device") and value != config.get(name):
+            flag, old = f"--{name.replace('_', '-')}", config.get(name)
+            raise UserError(f"{flag} {value} contradicts --resume {args.out}, where it is {old}")
+    return args
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up to --lr, then constant, or a cosine to 0. Steps count from 1."""
+    if step <= args.warmup:
+        return args.lr * step / args.warmup
+    if args.schedule == "constant":
+        return args.lr
+    progress = (step - args.warmup) / (args.steps - args.warmup)
+    return args.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+# --------------------------------------------------------------------------------------------------
+# The directory
+# --------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A directory with config.json, metrics.csv, samples.jsonl, curves.png and checkpoint/."""
+
+    def __init__(self, args: argparse.Namespace):
+        """Lock the directory, write nothing yet. Raises UserError if it is in use or not empty."""
+        self.args, self.dir = args, Path(args.out)
+        self.step, self.problem = 0, 10**6 * (args.seed + 1)  # no problem belongs to two seeds
+        self.rows, self.warned, self.stopping = [], set(), False
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.dir / "lock").open("w")  # until `finish`, or until the process ends
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.dir}: another process is training there") from error
+        if not args.resume and len(list(self.dir.iterdir())) > 1:
+            raise UserError(f"--out {self.dir} is not empty; name another, or --resume {self.dir}")
+        self.checkpoint, old = self.dir / "checkpoint", self.dir / "checkpoint.old"
+        if old.exists() and not self.checkpoint.exists():
+            old.rename(self.checkpoint)  # killed between the two renames of `save`
+        self.resumed = self.checkpoint.exists()  # if not, it was killed before its first checkpoint
+        self.weights = str(self.checkpoint) if self.resumed else None
+
+    def begin(self, model, tokenizer, optimizer) -> None:
+        """Start the files; or restore the optimizer, the random states and the metrics."""
+        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        if self.resumed:
+            try:
+                saved = torch.load(self.checkpoint / "training_state.pt", "cpu", weights_only=True)
+                self.step, self.problem, self.rows = saved["step"], saved["problem"], saved["rows"]
+                optimizer.load_state_dict(saved["optimizer"])
+                torch.set_rng_state(saved["rng"])
+                torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
+            except Exception as error:  # many ways to be damaged, one line
+                raise UserError(f"{self.checkpoint} is damaged ({error!r:.200})") from error
+        self.args.eval_every = self.args.eval_every or math.ceil(self.args.steps / 10)
+        if self.step >= self.args.steps:
+            raise UserError(f"{self.dir}: step {self.step} is done; --steps must be higher")
+        write(self.dir / "config.json", json.dumps(vars(self.args) | {"resume": None}, indent=2))
+        samples = self.dir / "samples.jsonl"  # keeps what is not later than the checkpoint
+        lines = samples.read_text(encoding="utf-8").splitlines(True) if samples.exists() else []
+        write(
+            samples,
+            "".join(x for x in lines if x[-1] == "\n" and json.loads(x)["step"] <= self.step),
+        )
+        self.start = time.perf_counter()
+
+    def next_problems(self, n: int) -> list[int]:
+        """The indices of the next n training problems."""
+        self.problem += n
+        return list(range(self.problem - n, self.problem))
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps that are left, numbered from 1. Ctrl-C or SIGTERM end them after this one."""
+        handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with tqdm(total=total, initial=self.step, unit="step") as self.bar:
+                while self.step < total and not self.stopping:
+                    self.start = time.perf_counter()
+                    yield self.step + 1
+                    self.bar.update()
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+
+    def stop(self, signum, frame) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr)
+
+    def warn(self, message: str) -> None:
+        """Print a message once."""
+        if message not in self.warned:
+            tqdm.write(f"step {self.step + 1}: {message} (said once)", file=sys.stderr)
+        self.warned.add(message)
+
+    def log(self, step: int, metrics: dict[str, float], samples: list[dict] = ()) -> None:
+        """Add metrics to the step's row of metrics.csv, and completions to samples.jsonl."""
+        if step > self.step or not self.rows:
+            self.rows.append({"step": step, "seconds": time.perf_counter() - self.start})
+        row = self.rows[-1]
+        row |= metrics
+        self.step = step
+        if "tokens" in metrics:
+            row["tokens_per_second"] = row["tokens"] / row["seconds"]
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        names = sorted(names, key=lambda name: name.startswith("eval_"))  # evaluations come last
+        table = [names, *([f"{r[x]:.6g}" if x in r else "" for x in names] for r in self.rows)]
+        write(self.dir / "metrics.csv", "\n".join(",".join(cells) for cells in table))
+        with (self.dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step} | sample, ensure_ascii=False) + "\n")
+        if any(name.startswith("eval_") for name in metrics):
+            tqdm.write(f"step {step}: {describe(metrics)}", file=sys.stderr)
+        elif step > 0:
+            shown = ("reward_mean", "valid_share", "alpha", "loss", "tokens_per_second")
+            self.bar.set_postfix({x: row[x] for x in shown if x in row}, refresh=False)
+
+    def save(self) -> None:
+        """checkpoint/: a Hugging Face directory, with the training state beside the weights.
+
+        It is written under another name, then renamed: at any time `checkpoint` is whole or,
+        between the two renames, `checkpoint.old`. Raises UserError if it cannot be written.
+        """
+        new, old = self.dir / "checkpoint.new", self.dir / "checkpoint.old"
+        state = {"step": self.step, "problem": self.problem, "rows": self.rows}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            self.model.save_pretrained(new)
+            self.tokenizer.save_pretrained(new)
+            if hasattr(self.tokenizer, "image_processor"):
+                self.tokenizer.image_processor.save_pretrained(new)
+            torch.save(
+                state | {"optimizer": self.optimizer.state_dict()}, new / "training_state.pt"
+            )
+            if self.checkpoint.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                self.checkpoint.rename(old)
+            new.rename(self.checkpoint)
+            shutil.rmtree(old, ignore_errors=True)
+        except Exception as error:  # a full disk: OSError, RuntimeError or SafetensorError
+            raise UserError(f"{new} could not be written ({error})") from error
+
+    def finish(self) -> None:
+        """Print the summary, draw the curves, release the directory."""
+        first, *_, last = [row for row in self.rows if any(x.startswith("eval_") for x in row)] * 2
+        print(f"\n{self.args.script}: {self.step} of {self.args.steps} steps")
+        print(f"  before   {describe(first)}")
+        print(f"  after    {describe(last)}   (step {last['step']})")
+        print(f"  took     {sum(row['seconds'] for row in self.rows[1:]):.0f} s{peak_memory()}")
+        print(f"  look at  {self.dir}/curves.png, and read {self.dir}/samples.jsonl")
+        print(f"  model    {self.checkpoint}, a Hugging Face directory")
+        if self.step < self.args.steps:
+            print(f"  go on    python {self.args.script} --resume {shlex.quote(self.args.out)}")
+        try:
+            draw_curves([self.dir], self.dir / "curves.png")
+        except Exception as error:  # no matplotlib, for example
+            print(f"  no curves.png: {error!r:.200}")
+        self.lock.close()
+
+
+def peak_memory() -> str:
+    peak = torch.cuda.max_memory_allocated()  # 0 without a GPU
+    if resource and not peak:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f", {peak / 2**30:.2f} GiB at the peak" if peak else ""
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that is whole at any time."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """An evaluation as one line: every metric, with its standard error if there is one."""
+    parts = []
+    for name, value in metrics.items():
+        if name.startswith("eval_") and name.endswith("_stderr"):
+            parts[-1] += f" ± {value:.3f}"
+        elif name.startswith("eval_"):
+            parts.append(f"{name.removeprefix('eval_')} {value:.3f}")
+    return "   ".join(parts)
+
+
+def draw_curves(runs: list[Path], path: Path) -> None:
+    """Every column of the runs' metrics.csv against the step."""
+    import matplotlib.pyplot as plt  # slow to import
+
+    plt.switch_backend("Agg")
+    tables = [np.genfromtxt(run / "metrics.csv", delimiter=",", names=True) for run in runs]
+    names = dict.fromkeys(name for table in tables for name in table.dtype.names)
+    names = [name for name in names if name != "step" and not name.endswith("_stderr")]
+    size = {"figsize": (12, 0.55 * len(names) + 1), "layout": "constrained"}
+    figure, axes = plt.subplots(math.ceil(len(names) / 4), 4, squeeze=False, **size)
+    for axis, name in zip(axes.flat, names, strict=False):
+        axis.set_title(name, fontsize=9)
+        for run, table in zip(runs, tables, strict=True):
+            y = table[name] if name in table.dtype.names else np.full(table.size, np.nan)
+            known = np.isfinite(y)
+            axis.plot(table["step"][known], y[known], ".-", lw=1, ms=2, label=str(run))
+    if len(runs) > 1:
+        figure.legend(handles=axes.flat[0].lines, loc="outside upper center")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+@contextlib.contextmanager
+def plain_errors(script: str) -> Iterator[None]:
+    """Errors that the user can mend become one line on stderr and an exit status."""
+    try:
+        yield
+    except (UserError, OSError) as error:  # OSError: a full disk, a directory without permission
+        sys.exit(report(script, error, 2))
+    except KeyboardInterrupt:
+        sys.exit(report(script, "stopped; --resume goes on from the last checkpoint", 130))
+    except (RuntimeError, MemoryError) as error:
+        if "non-finite" in str(error):  # of `sample`, or of clip_grad_norm_
+            sys.exit(report(script, f"{error!s:.70}: a lower --lr may help", 1))
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error):
+            sys.exit(report(script, "out of memory: lower --micro-batch-tokens or --prompts", 2))
+        raise
+
+
+def report(script: str, message, status: int) -> int:
+    print(f"{script}: {message}", file=sys.stderr)
+    return status

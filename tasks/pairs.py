@@ -1,0 +1,107 @@
+"""Scored completions: what copg.py learns from, read from a file and written to one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from .base import TextTask, UserError
+from .jsonl import is_held_out, json_lines, with_image
+from .pictures import data_uri
+
+LARGEST_FLOAT32 = 3.4028234e38
+
+
+@dataclass
+class Record:
+    """A prompt with G completions of it."""
+
+    prompt: str | dict
+    completions: list[str]
+    rewards: list[float] | None = None  # G
+    ends: list[int] | None = None  # G, the EOS of each completion, -1 if it was truncated
+    ref_logprobs: list[float] | None = None  # G, ln pi_ref of whole completions
+    held_out: bool = False
+    where: str = ""  # file and line, for error messages
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """A JSONL file of {"prompt", "completions": [G texts], "rewards": [G numbers]}, the rewards
+    optional, or of {"prompt", "chosen", "rejected"}. Raises UserError with the number of the line.
+
+    A preference becomes R = 1/4 and -1/4, with which CoPG is IPO (property 3). Every tenth prompt
+    is held out. `write_records` adds the fields `ends`, `ref_logprobs` and `held_out`.
+    """
+    records = []
+    for where, line in json_lines(path):
+        prompt, completions, rewards = (line.get(x) for x in ("prompt", "completions", "rewards"))
+        if line.get("chosen") is not None:
+            if completions is not None or rewards is not None:
+                raise UserError(f"{where}: either 'chosen' and 'rejected', or 'completions'")
+            completions, rewards = [line["chosen"], line.get("rejected")], [0.25, -0.25]
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError(f"{where}: needs a text under 'prompt'")
+        if not isinstance(completions, list) or len(completions) < 2:
+            raise UserError(f"{where}: needs two completions or more, or 'chosen' and 'rejected'")
+        if not all(isinstance(text, str) for text in completions):
+            raise UserError(f"{where}: a completion is not a text")
+        records.append(
+            Record(
+                prompt=with_image(line, prompt, path, where),
+                completions=completions,
+                rewards=numbers(rewards, "rewards", completions, where),
+                ends=numbers(line.get("ends"), "ends", completions, where),
+                ref_logprobs=numbers(line.get("ref_logprobs"), "ref_logprobs", completions, where),
+                held_out=line.get("held_out"),
+                where=where,
+            )
+        )
+    for record in records:
+        for name in ("rewards", "ends", "ref_logprobs", "held_out"):
+            if (getattr(record, name) is None) != (getattr(records[0], name) is None):
+                raise UserError(f"{record.where}: {name!r} must be in every line or in none")
+        if len(record.completions) != len(records[0].completions):
+            G = len(records[0].completions)
+            raise UserError(f"{record.where}: needs {G} completions, like the first line")
+    if records[0].held_out is None:
+        for record, held_out in zip(records, is_held_out([r.prompt for r in records]), strict=True):
+            record.held_out = held_out
+    return records
+
+
+def numbers(values, name: str, completions: list, where: str) -> list[float] | None:
+    """`values`, checked: one finite number for each completion."""
+    if values is None:
+        return None
+    numeric = isinstance(values, list) and all(type(x) in (int, float) for x in values)
+    if not numeric or len(values) != len(completions):
+        raise UserError(f"{where}: needs a number for each completion in {name!r}")
+    if not all(math.isfinite(x) and abs(x) <= LARGEST_FLOAT32 for x in values):
+        raise UserError(f"{where}: needs finite numbers in {name!r}")
+    return values
+
+
+def write_records(path: Path, records: list[Record]) -> None:
+    """As a file that `read_records` reads."""
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            line = {name: x for name, x in vars(record).items() if name != "where"}
+            if isinstance(record.prompt, dict):
+                image = record.prompt["image"]  # a path or data URI, or an array
+                image = image if isinstance(image, str) else data_uri(image)
+                line |= {"prompt": record.prompt["text"], "image": image}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+class HeldOutPrompts(TextTask):
+    """The held-out prompts of a file of records as a task. It defines no reward."""
+
+    def __init__(self, records: list[Record]):
+        super().__init__("test")
+        self.prompts = [record.prompt for record in records if record.held_out]
+        self.size = len(self.prompts)
+
+    def problem(self, index):
+        return self.prompts[index], ""
