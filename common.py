@@ -393,7 +393,7 @@ def load_model(name: str, device, task=None, chat_template=True, grad_checkpoint
         reason = " ".join(str(error).split())
         raise UserError(f"{name} cannot be loaded as a language model: {reason:.300}") from error
     if grad_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train(grad_checkpointing), tokenizer  # transformers checkpoints in train mode only
 
 

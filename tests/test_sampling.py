@@ -11,7 +11,8 @@ from conftest import FAMILIES, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import common
-from common import Rollout, UserError, completion_logprobs, sample
+from common import Rollout, completion_logprobs, sample
+from tasks import UserError
 from tasks.tiny import tiny_tokenizer
 
 PROMPTS = ["7", "12+5=", "a longer prompt, of quite another length: ", "1+1="]
@@ -127,7 +128,7 @@ def test_gradients_equal_naive(every, monkeypatch, chunk):
 
 
 def test_only_bent_logits_take_the_long_way(every):
-    assert common.head_gives_logits(every[0]) == (every[0].config.model_type not in BENT)
+    assert (common.body_and_head(every[0])[1] is every[0].get_output_embeddings()) == (every[0].config.model_type not in BENT)
 
 
 def test_a_cap_is_noticed_while_the_logits_are_small():
@@ -293,14 +294,14 @@ def test_rows_and_cat_keep_every_log_prob(small):
     close(both.logprobs.sum(1), expected, 1e-4)
     assert both.truncated.tolist() == [*a.truncated.tolist(), *b.truncated.tolist()]
     order = torch.randperm(12)
-    shuffled = both.rows(order)
+    shuffled = both.select(order)
     close(completion_logprobs(model, shuffled).sum(1), expected[order], 1e-4)
     close(shuffled.logprobs.sum(1), expected[order], 1e-4)
     assert shuffled.texts == [both.texts[i] for i in order]
     assert torch.equal(shuffled.truncated, both.truncated[order])
     chosen = torch.tensor([True] + [False] * 10 + [True])
-    assert both.rows(chosen).texts == [both.texts[0], both.texts[-1]]
-    one = both.rows(torch.tensor([0]))  # of "7": the columns of longer rows are gone
+    assert both.select(chosen).texts == [both.texts[0], both.texts[-1]]
+    one = both.select(torch.tensor([0]))  # of "7": the columns of longer rows are gone
     assert one.prompt_ids.shape[1] == 1
     assert one.completion_ids.shape == one.logprobs.shape == (1, int(a.completion_mask[0].sum()))
 
@@ -310,7 +311,7 @@ def test_a_row_alone_scores_as_among_others(small):
     rollout = sample(*small, PROMPTS, 2, 8)
     together = completion_logprobs(small[0], rollout)
     for i in range(8):
-        row = rollout.rows(torch.tensor([i]))
+        row = rollout.select(torch.tensor([i]))
         n = row.completion_ids.shape[1]
         close(completion_logprobs(small[0], row)[0], together[i, :n], 1e-4)
 
