@@ -205,7 +205,8 @@ class Run:
         names = dict.fromkeys(name for row in self.rows for name in row)
         names = sorted(names, key=lambda name: name.startswith("eval_"))  # evaluations come last
         table = [names, *([f"{r[x]:.6g}" if x in r else "" for x in names] for r in self.rows)]
-        write(self.dir / "metrics.csv", "\n".join(",".join(cells) for cells in table))
+        text = "\n".join(",".join(cells) for cells in table)
+        (self.dir / "metrics.csv").write_text(f"{text}\n", encoding="utf-8")
         with (self.dir / "samples.jsonl").open("a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": step} | sample, ensure_ascii=False) + "\n")
