@@ -46,10 +46,8 @@ class Rollout:
     pictures: list | None = None  # N, the inputs that the prompt's picture adds, or None
 
     def __post_init__(self):
-        self.prompt_mask, self.completion_mask = (
-            self.prompt_mask.bool(),
-            self.completion_mask.bool(),
-        )
+        self.prompt_mask = self.prompt_mask.bool()
+        self.completion_mask = self.completion_mask.bool()
         if self.group is None:
             self.group = torch.arange(len(self.texts), device=self.prompt_ids.device)
         if self.pictures is None:

@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,6 +133,8 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{self.dir}: another process is training there") from error
+        except OSError as error:  # NFS, for example
+            print(f"{self.dir}: not locked ({error.strerror}): start no second run in it")
         if not args.resume and len(list(self.dir.iterdir())) > 1:
             raise UserError(f"--out {self.dir} is not empty; name another, or --resume {self.dir}")
         self.checkpoint, old = self.dir / "checkpoint", self.dir / "checkpoint.old"
@@ -170,7 +174,9 @@ class Run:
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left, numbered from 1. Ctrl-C or SIGTERM end them after this one."""
-        handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        in_thread = threading.current_thread() is not threading.main_thread()  # has no signals
+        signals = () if in_thread else (signal.SIGINT, signal.SIGTERM)
+        handlers = {signum: signal.signal(signum, self.stop) for signum in signals}
         try:
             with tqdm(total=total, initial=self.step, unit="step") as self.bar:
                 while self.step < total and not self.stopping:
@@ -288,14 +294,16 @@ def describe(metrics: dict[str, float]) -> str:
 
 def draw_curves(runs: list[Path], path: Path) -> None:
     """Every column of the runs' metrics.csv against the step."""
-    import matplotlib.pyplot as plt  # slow to import
+    os.environ.pop("MPLBACKEND", None)  # a notebook's backend need not exist here
+    from matplotlib.figure import Figure  # slow to import
 
-    plt.switch_backend("Agg")
     tables = [np.genfromtxt(run / "metrics.csv", delimiter=",", names=True) for run in runs]
     names = dict.fromkeys(name for table in tables for name in table.dtype.names)
     names = [name for name in names if name != "step" and not name.endswith("_stderr")]
-    size = {"figsize": (12, 0.55 * len(names) + 1), "layout": "constrained"}
-    figure, axes = plt.subplots(math.ceil(len(names) / 4), 4, squeeze=False, **size)
+    figure = Figure(figsize=(12, 0.55 * len(names) + 1), layout="constrained")
+    axes = figure.subplots(math.ceil(len(names) / 4), 4, squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
     for axis, name in zip(axes.flat, names, strict=False):
         axis.set_title(name, fontsize=9)
         for run, table in zip(runs, tables, strict=True):
@@ -305,7 +313,6 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     if len(runs) > 1:
         figure.legend(handles=axes.flat[0].lines, loc="outside upper center")
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 @contextlib.contextmanager
