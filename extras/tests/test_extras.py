@@ -25,6 +25,7 @@ import sweep  # noqa: E402
 import copg  # noqa: E402
 import gpg  # noqa: E402
 import grpo  # noqa: E402
+import run as run_module  # noqa: E402
 from tasks import UserError  # noqa: E402
 
 
