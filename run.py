@@ -103,8 +103,8 @@ def parse_flags(parser: Parser, argv: list[str] | None, defaults: Callable) -> a
     parser.set_defaults(**texts | {"out": args.resume, "resume": args.resume})
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if name not in ("out", "resume", "steps", "device") and value != config.get(name):
-            flag, old = f"--{name.replace('_', '-')}", config.get(name)
+        flag, old = f"--{name.replace('_', '-')}", config.get(name, "missing")
+        if name not in ("out", "resume", "steps", "device") and value != old:
             raise UserError(f"{flag} {value} contradicts --resume {args.out}, where it is {old}")
     return args
 

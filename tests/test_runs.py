@@ -759,7 +759,7 @@ def test_an_error_in_the_users_task_shows_its_traceback(model, tmp_path):
 
 def test_without_locks_and_without_matplotlib(model, tmp_path):
     """Windows has neither fcntl nor resource. A notebook's backend is not there in a script."""
-    code = "import sys; sys.modules |= dict.fromkeys(('fcntl', 'resource')); import runpy; "
+    code = "import common, runpy, sys; sys.modules |= dict.fromkeys(('fcntl', 'resource')); "
     code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = flags("gpg.py", model, tmp_path / "run", "--steps", 1)
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
