@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
-import common
-from common import count, positive
+from run import Parser, plain_errors, positive_float, positive_int
+from tasks import UserError
 
 R = (2.5, 2.0, 1.0)  # rewards of the arms
 MU1, MU2 = (0.1, 0.2, 0.7), (0.05, 0.05, 0.9)  # the two policies that collected the data
@@ -301,18 +301,18 @@ def draw_figure(curves: dict, policies: dict, limits: dict, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser("bandit_toy.py", description="CoPG's toy bandit, figure 1 of the paper.")
+    parser = Parser("bandit_toy.py", description="CoPG's toy bandit, figure 1 of the paper.")
     add = parser.add_argument
     add("--methods", nargs="+", choices=LOSSES, default=list(LOSSES), help="(default: all)")
-    add("--lr", type=positive, default=5e-3, help="of Adam (default: 5e-3; paper: 1e-3)")
-    add("--epochs", type=count, default=100, help="(default: 100, as the paper)")
-    add("--seeds", type=count, default=10, help="number of seeds (default: 10)")
+    add("--lr", type=positive_float, default=5e-3, help="of Adam (default: 5e-3; paper: 1e-3)")
+    add("--epochs", type=positive_int, default=100, help="(default: 100, as the paper)")
+    add("--seeds", type=positive_int, default=10, help="number of seeds (default: 10)")
     add("--labels", choices=["sampled", "ranked"], default="sampled", help="who wins, for ipo and "
         "dpo: drawn by Bradley-Terry, or the better arm (default: sampled)")  # fmt: skip
     add("--out", type=Path, default=Path("runs/bandit_toy"), help="(default: runs/bandit_toy)")
     args = parser.parse_args(argv)
     if args.labels == "ranked" and not {"ipo", "dpo"} & set(args.methods):
-        raise common.UserError("--labels ranked does nothing: only ipo and dpo learn from labels")
+        raise UserError("--labels ranked does nothing: only ipo and dpo learn from labels")
     torch.set_num_threads(1)  # the tensors are small
     curves, policies, limits = {}, {}, {}
     print(f"J(pi*) = {objective(optimal_policy()):.6f}, J(ref) = {objective(REF):.6f}")
@@ -337,5 +337,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with common.plain_errors("bandit_toy.py"):
+    with plain_errors("bandit_toy.py"):
         main()

@@ -34,8 +34,8 @@ from shared import markdown, mean_and_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common
 from gpg import group_advantages
+from run import Parser, plain_errors
 
 G, CAP = 8, 20  # completions per prompt, rounds per step at most
 P = np.array([0.02, 0.1, 0.5, 0.95])  # success rates of the four kinds of prompts
@@ -253,7 +253,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser("alpha.py", description=__doc__)
+    parser = Parser("alpha.py", description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--out", type=Path, default=Path("runs/alpha.png"), help="the figure")
     args = parser.parse_args(argv)
@@ -272,5 +272,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with common.plain_errors("alpha.py"):
+    with plain_errors("alpha.py"):
         main()

@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common
+from run import Parser, plain_errors, positive_int
+from tasks import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"]
@@ -98,9 +99,9 @@ def run(method: Method, B: int, G: int, rate: str, seed: int, steps: int, args) 
             capture_output=True, text=True,
         )  # fmt: skip
         if result.returncode:
-            raise common.UserError(f"{out.name}: {result.stderr.strip()[-500:]}")
+            raise UserError(f"{out.name}: {result.stderr.strip()[-500:]}")
         if not finished(out, steps):
-            raise common.UserError(f"{out.name}: it was stopped; the same command continues it")
+            raise UserError(f"{out.name}: it was stopped; the same command continues it")
     return curve(out, B * G)
 
 
@@ -163,12 +164,12 @@ def format_table(head: str, methods, rates, runs, budget: int, steps: int) -> st
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser("compare.py", description=__doc__)
+    parser = Parser("compare.py", description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     add = parser.add_argument
     add("--task", default="add-hard", help="as of gpg.py (default: add-hard)")
-    add("--seeds", type=common.count, default=5, help="reported runs of a method (default: 5)")
-    add("--jobs", type=common.count, default=2, help="runs at a time (default: 2)")
+    add("--seeds", type=positive_int, default=5, help="reported runs of a method (default: 5)")
+    add("--jobs", type=positive_int, default=2, help="runs at a time (default: 2)")
     add("--out", type=Path, default=ROOT / "runs" / "compare", help="default: runs/compare")
     args = parser.parse_args(argv)
     for table in TABLES:
@@ -176,5 +177,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with common.plain_errors("compare.py"):
+    with plain_errors("compare.py"):
         main()

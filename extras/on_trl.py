@@ -7,7 +7,7 @@ RLOOTrainer into CoPG, with the functions of gpg.py and copg.py.
     GPG   eq. 5       loss_type "dapo": as in gpg.py, one mean over the tokens of all processes
           eq. 6-8     the loss is linear in the advantages, so alpha is a factor of them
           Algorithm 1 rounds of B groups until the share of valid ones in all processes is beta_th
-    CoPG  eq. 18-19   RLOO of given completions, with rewards R - beta h; K times its gradient
+    CoPG  eq. 18-19   RLOO of given completions, with rewards R - beta h; G times its gradient
 
 | what differs from gpg.py and copg.py | here                                                    |
 | ------------------------------------ | ------------------------------------------------------- |
@@ -45,10 +45,13 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common
-import copg
-from common import UserError
-from gpg import choose_groups, gradient_scale, group_advantages, is_valid
+import run
+from copg import shuffled_passes
+from gpg import fill_batch, gradient_scale, group_advantages, is_valid
+from run import plain_errors
+from tasks import UserError, get_prompts, get_rewards, held_out, make_task
+from tasks.pairs import read_records
+from tasks.prompts import end_of_answer
 from tasks.tiny import tiny_model
 
 try:
@@ -177,7 +180,7 @@ class GPGTrainer(GRPOTrainer):
         for r in range(args.max_rounds):
             if r > 0:
                 first = (self.state.global_step * args.max_rounds + r) * B
-                problems = copg.records(first, B, len(self.train_dataset), args.seed)
+                problems = shuffled_passes(first, B, len(self.train_dataset), args.seed)
                 inputs = [self.train_dataset[i] for i in problems for _ in range(G)][here]
             batch = super()._generate_and_score_completions(inputs)
             for name, rows in batch.items():
@@ -189,8 +192,8 @@ class GPGTrainer(GRPOTrainer):
             if valid.sum() / B >= args.beta_th:
                 break
 
-        # 2. The batch of the update: its advantages, times alpha, and its tokens.
-        groups = choose_groups(valid, B)[:B]
+        # 2. Choose the groups of the update; their advantages, times alpha, and their tokens.
+        groups = fill_batch(valid, B)[:B]
         self.alpha = gradient_scale(rewards[groups])
         if not args.alpha and self.alpha > 0:
             self.alpha = 1.0
@@ -223,7 +226,7 @@ class GPGTrainer(GRPOTrainer):
 
 def make_dataset(task, split: str, problems: list[int], tokenizer) -> Dataset:
     """Problems of a task as a data set for TRL, which applies the chat template to messages."""
-    prompts = as_chats(common.get_prompts(task, problems), tokenizer)
+    prompts = as_chats(get_prompts(task, problems), tokenizer)
     columns = {"prompt": prompts, "problem": problems, "split": [split] * len(problems)}
     return Dataset.from_dict(columns)
 
@@ -239,7 +242,7 @@ def make_reward(tasks: dict, tokenizer):
 
     def task_reward(completion_ids, problem, split, log_metric, **_) -> list[float]:
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        rewards, solved = common.get_rewards(tasks[split[0]], problem, texts)  # [n, 1]
+        rewards, solved = get_rewards(tasks[split[0]], problem, texts)  # [n, 1]
         log_metric("solved", solved.double().mean().item())
         return rewards.flatten().tolist()
 
@@ -249,18 +252,18 @@ def make_reward(tasks: dict, tokenizer):
 def gpg_trainer(args: GPGArguments, config: GPGConfig) -> GPGTrainer:
     """Raises UserError."""
     with config.main_process_first():  # it may have to download
-        tasks = {split: common.make_task(args.task, split) for split in ("train", "test")}
+        tasks = {split: make_task(args.task, split) for split in ("train", "test")}
         model, tokenizer = find_model(args, tasks["train"])
     size = getattr(tasks["train"].unwrapped, "size", None) or args.problems
     if size * config.num_generations < config.generation_batch_size:
         raise UserError(f"--task {args.task}: {size} problems are fewer than the groups of a step")
     data = make_dataset(tasks["train"], "train", list(range(size)), tokenizer)
-    held_out = None
+    eval_data = None
     if config.eval_strategy != "no":
-        problems = [i for batch in common.held_out(tasks["test"], 200) for i in batch]
-        held_out = make_dataset(tasks["test"], "test", problems, tokenizer)
+        problems = [i for batch in held_out(tasks["test"], 200) for i in batch]
+        eval_data = make_dataset(tasks["test"], "test", problems, tokenizer)
     reward = make_reward(tasks, tokenizer)
-    return GPGTrainer(model, reward, config, data, held_out, processing_class=tokenizer)
+    return GPGTrainer(model, reward, config, data, eval_data, processing_class=tokenizer)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,21 +275,20 @@ class CoPGTrainer(RLOOTrainer):
     """RLOOTrainer on completions that somebody else has written."""
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
-        first, K = len(inputs) * self.accelerator.process_index, self.num_generations
-        # TRL puts the K rows of a prompt side by side: the i-th row gets completion i mod K.
-        self.texts = [row["texts"][i % K] for i, row in enumerate(inputs, first)]
-        self.ends = [row["ends"][i % K] for i, row in enumerate(inputs, first)]
-        inputs = [row | {"score": row["scores"][i % K]} for i, row in enumerate(inputs, first)]
+        first, G = len(inputs) * self.accelerator.process_index, self.num_generations
+        # TRL puts the G rows of a prompt side by side: the i-th row gets completion i mod G.
+        self.texts = [row["texts"][i % G] for i, row in enumerate(inputs, first)]
+        self.ends = [row["ends"][i % G] for i, row in enumerate(inputs, first)]
+        inputs = [row | {"score": row["scores"][i % G]} for i, row in enumerate(inputs, first)]
         return super()._generate_and_score_completions(inputs)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
-        eos = copg.end_token(self.accelerator.unwrap_model(self.model), self._tokenizer)
-        ends = [eos if end is None else end for end in self.ends]  # -1: it was cut
         rows = self._tokenizer(self.texts, add_special_tokens=False).input_ids
-        return [row + [end] * (end >= 0) for row, end in zip(rows, ends, strict=True)]
+        ends = zip(rows, self.ends, strict=True)
+        return [[*row, end] if end >= 0 else row for row, end in ends]  # -1: it was truncated
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """RLOO is a mean over all rows, copg_loss a mean over prompts: K times as much."""
+        """RLOO is a mean over all rows, copg_loss a mean over prompts: G times as much."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return self.num_generations * loss
 
@@ -299,19 +301,25 @@ def copg_trainer(args: CoPGArguments, config: CoPGConfig) -> CoPGTrainer:
     """Raises UserError."""
     if not args.data:
         raise UserError("--data file.jsonl is needed")
-    data, _ = copg.read_data(args.data).split()
-    n, K = len(data.prompts), len(data.completions[0])
-    if data.rewards is None:
+    records = [record for record in read_records(args.data) if not record.held_out]
+    n, G = len(records), len(records[0].completions)
+    if records[0].rewards is None:
         raise UserError(f"{args.data}: no rewards in it")
-    if config.num_generations != K:
-        raise UserError(f"--num_generations {K} is needed: {args.data} has {K} per prompt")
-    if n * K < config.generation_batch_size:
+    if config.num_generations != G:
+        raise UserError(f"--num_generations {G} is needed: {args.data} has {G} per prompt")
+    if n * G < config.generation_batch_size:
         raise UserError(f"{args.data}: {n} training prompts are fewer than those of a step")
     with config.main_process_first():
         model, tokenizer = find_model(args)
-    columns = {"prompt": as_chats(data.prompts, tokenizer), "texts": data.completions}
-    columns["ends"] = [[None] * K] * n if data.ends is None else data.ends.tolist()
-    dataset = Dataset.from_dict(columns | {"scores": data.rewards.tolist()})
+    eos = end_of_answer(tokenizer)
+    dataset = Dataset.from_dict(
+        {
+            "prompt": as_chats([record.prompt for record in records], tokenizer),
+            "texts": [record.completions for record in records],
+            "ends": [record.ends or [-1 if eos is None else eos] * G for record in records],
+            "scores": [record.rewards for record in records],
+        }
+    )
     return CoPGTrainer(model, given_reward, config, dataset, processing_class=tokenizer)
 
 
@@ -322,14 +330,14 @@ def copg_trainer(args: CoPGArguments, config: CoPGConfig) -> CoPGTrainer:
 
 def find_model(args, task=None):
     """-> (name, tokenizer). By its name, ZeRO-3 can load a model in pieces."""
-    name = tiny_model(task or common.make_task("add")) if args.model == "tiny" else args.model
+    name = tiny_model(task or make_task("add")) if args.model == "tiny" else args.model
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if args.no_chat_template:
         tokenizer.chat_template = None
     return name, tokenizer
 
 
-class Parser(common.Parser, TrlParser):
+class Parser(run.Parser, TrlParser):
     """TrlParser, with its complaints as one-line errors."""
 
 
@@ -342,7 +350,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> GPGTrainer | CoPGTrainer:
     """Raises UserError."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = common.Parser("on_trl.py", description="GPG and CoPG on TRL's trainers.")
+    parser = run.Parser("on_trl.py", description="GPG and CoPG on TRL's trainers.")
     parser.add_argument("command", choices=COMMANDS, help="then flags: gpg --help shows them")
     command, flags = parser.parse_args(argv[:1]).command, argv[1:]
     *classes, make_trainer = COMMANDS[command]
@@ -358,7 +366,7 @@ def main(argv: list[str] | None = None) -> GPGTrainer | CoPGTrainer:
 
 
 if __name__ == "__main__":
-    with common.plain_errors("on_trl.py"):
+    with plain_errors("on_trl.py"):
         main()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -7,23 +7,24 @@ from shared import read_metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common
+from run import Parser, draw_curves, plain_errors
+from tasks import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser("plot.py", description=__doc__)
+    parser = Parser("plot.py", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="default: curves.png")
     args = parser.parse_args(argv)
     for run in args.runs:
         read_metrics(run)  # raises UserError if it is no run
     try:
-        common.draw_curves(args.runs, args.out)
+        draw_curves(args.runs, args.out)
     except ValueError as error:  # it names the formats that there are
-        raise common.UserError(f"--out {args.out}: {error}") from error
+        raise UserError(f"--out {args.out}: {error}") from error
     print(args.out)
 
 
 if __name__ == "__main__":
-    with common.plain_errors("plot.py"):
+    with plain_errors("plot.py"):
         main()

@@ -9,7 +9,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import UserError
+from tasks import UserError
 
 
 def read_metrics(run: Path) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ against the KL.
 
 Runs are in OUT/<loss>-<beta>-<seed>: a finished one is not run again, an interrupted one is
 continued. All flags but --out, --losses and --betas are copg.py's own; `--reward-model task` sweeps
-on the hidden utility, a reward that is not learnt from preferences.
+on the hidden utility, a reward that is not learned from preferences.
 """
 
 import argparse
@@ -32,8 +32,10 @@ from shared import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common
 import copg
+from run import Parser, plain_errors
+from tasks import UserError
+from tasks.pairs import read_records
 
 BETAS = [0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.3, 1.0, 3.0, 10.0]
 PAPER = {"copg": range(2, 8), "ipo": range(1, 7), "dpo": range(2, 8)}  # which of them it tries
@@ -50,7 +52,9 @@ def run(directory: Path, flags: list[str]) -> dict[str, np.ndarray]:
     """Bring one run to its last step -> {column: a value at each evaluation}, the last row NaN if
     its gradient became NaN or infinite."""
     args = copg.parse_args([*flags, *where(directory)])  # also: are these the flags it began with?
-    n = len(copg.read_data(args.data).split()[0].prompts) if args.data else args.pairs
+    n = args.pairs
+    if args.data:
+        n = sum(not record.held_out for record in read_records(args.data))
     diverged = False
     if not finished(directory, args.steps or math.ceil(args.epochs * n / args.prompts)):
         print(f"\n{directory}", flush=True)
@@ -83,7 +87,7 @@ def sweep(out: Path, losses: list[str], betas: list[float], flags: list[str]) ->
         def reward(beta: float, loss: str = loss) -> float:
             tried[loss][beta] = curve_of(loss, beta, SELECTION_SEED)
             if np.isnan(tried[loss][beta]["eval_reward"][0]):
-                raise common.UserError("the evaluation has no reward; add --reward-model")
+                raise UserError("the evaluation has no reward; add --reward-model")
             return tried[loss][beta]["eval_reward"][-1]
 
         start = [BETAS.index(beta) for beta in betas] or PAPER[loss]
@@ -158,7 +162,7 @@ def draw(tried: dict, best: dict, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.Parser("sweep.py", description=__doc__, allow_abbrev=False)
+    parser = Parser("sweep.py", description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
     parser.add_argument(
@@ -171,10 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     args, flags = parser.parse_known_args(argv)
     for flag in "--loss", "--beta", "--seed", "--eval-first", "--resume":
         if any(word.split("=")[0] == flag for word in flags):
-            raise common.UserError(f"{flag}: the sweep sets it itself; leave it out")
+            raise UserError(f"{flag}: the sweep sets it itself; leave it out")
     sweep(args.out, args.losses, args.betas, flags)
 
 
 if __name__ == "__main__":
-    with common.plain_errors("sweep.py"):
+    with plain_errors("sweep.py"):
         main()

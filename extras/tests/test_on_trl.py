@@ -16,7 +16,7 @@ import gymnasium
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras"), str(ROOT / "tests")]
 
 pytest.importorskip("trl", reason='pip install "trl==1.16.*"')
@@ -30,8 +30,11 @@ from trl import GRPOTrainer, RLOOTrainer  # noqa: E402
 import common  # noqa: E402
 import copg  # noqa: E402
 import gpg  # noqa: E402
-from common import Rollout, UserError  # noqa: E402
-from tasks import TextTask  # noqa: E402
+from common import Rollout  # noqa: E402
+from run import plain_errors  # noqa: E402
+from tasks import TextTask, UserError, get_prompts, get_rewards, make_task  # noqa: E402
+from tasks.pairs import Record  # noqa: E402
+from tasks.prompts import encode_prompts, end_of_answer, pad  # noqa: E402
 
 G, T = 4, 12
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
@@ -107,10 +110,9 @@ def run_one_step(monkeypatch, command, base, flags):
 def as_rollout(rows) -> Rollout:
     device = torch.device("cpu")
     prompts, completions = ([list(ids) for ids in column] for column in zip(*rows, strict=True))
-    ids, mask = common.pad(completions, "right", device)
-    return Rollout(
-        *common.pad(prompts, "left", device), ids, mask, 0.0 * mask, ~mask[:, 0], [""] * len(ids)
-    )
+    ids, mask = pad(completions, "right", device)
+    zeros, texts = torch.zeros(mask.shape), [""] * len(ids)
+    return Rollout(*pad(prompts, "left", device), ids, mask, zeros, ~mask[:, 0], texts)
 
 
 def gpg_gradient(model, calls, alpha=True, f_norm="1"):
@@ -123,8 +125,8 @@ def gpg_gradient(model, calls, alpha=True, f_norm="1"):
     B = len(rewards) // len(calls["rewards"])
     rollout = as_rollout([row for rows in calls["ids"] for row in rows])
     valid = gpg.is_valid(rewards)
-    groups = gpg.choose_groups(valid, B)[:B]
-    rollout = rollout.rows((groups[:, None] * G + torch.arange(G)).flatten())
+    groups = gpg.fill_batch(valid, B)[:B]
+    rollout = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
     advantages = gpg.group_advantages(rewards[groups], f_norm) * valid[groups, None]
     scale = gpg.gradient_scale(rewards[groups]) if alpha else 1.0
     logprobs = common.completion_logprobs(model, rollout)
@@ -211,10 +213,9 @@ def copg_difference(monkeypatch, directory, out, K, rows=12) -> float:
     gradient, calls, trainer = run_one_step(monkeypatch, "copg", RLOOTrainer, flags)
     given = {}  # (prompt's ids, completion's ids) as copg.py encodes them -> reward
     for line in lines:
-        ends = torch.tensor(line["ends"]) if "ends" in line else None
-        rows = copg.encode(
-            moved, trainer.processing_class, [line["prompt"]] * K, line["completions"], ends
-        )
+        ends = line.get("ends") or [end_of_answer(trainer.processing_class)] * K
+        record = Record(line["prompt"], line["completions"], ends=ends)
+        rows = copg.encode(moved, trainer.processing_class, [record])
         for i in range(K):
             pair = (
                 rows.prompt_ids[i].tolist(),
@@ -386,9 +387,9 @@ def test_from_a_checkpoint_of_gpg_to_trl_and_back(two_processes, monkeypatch):
         common.load_model(x, "cpu") for x in ("first/checkpoint", "second")
     )
     assert 0 < (first.lm_head.weight - model.lm_head.weight).abs().max() < 25 * 3e-3 * 2
-    task = common.make_task("letters:Vowels-v0", "test")
-    texts = common.sample(model, tokenizer, common.get_prompts(task, range(64)), 1, T).texts
-    mean = common.get_rewards(task, range(64), texts)[0].mean().item()
+    task = make_task("letters:Vowels-v0", "test")
+    texts = common.sample(model, tokenizer, get_prompts(task, range(64)), 1, T).texts
+    mean = get_rewards(task, range(64), texts)[0].mean().item()
     assert mean == pytest.approx(after, abs=0.1)
 
 
@@ -402,22 +403,22 @@ def test_the_bridge_from_a_task(template, directory, tmp_path, monkeypatch):
     flags = [*GPG_FLAGS, "--task", "Bytes-v0", "--per_device_train_batch_size", "24"]
     flags += ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
     _, calls, _ = run_one_step(monkeypatch, "gpg", GRPOTrainer, flags)
-    task = common.make_task("Bytes-v0")
-    prompts = common.get_prompts(task, range(40))
-    ids, mask = common.encode_prompts(model, tokenizer, prompts, room=0)
+    task = make_task("Bytes-v0")
+    prompts = get_prompts(task, range(40))
+    ids, mask, _ = encode_prompts(model, tokenizer, prompts, 0)
     rows = [tuple(row[here].tolist()) for row, here in zip(ids, mask, strict=True)]
     rewards = torch.cat(calls["rewards"]).tolist()
     for (prompt, completion), reward in zip(itertools.chain(*calls["ids"]), rewards, strict=True):
         text = tokenizer.decode(completion, skip_special_tokens=True)
         problem = rows.index(tuple(prompt))
-        assert common.get_rewards(task, [problem], [text])[0].item() == pytest.approx(reward)
+        assert get_rewards(task, [problem], [text])[0].item() == pytest.approx(reward)
     assert len({tuple(prompt) for prompt, _ in calls["ids"][0]}) == 6
     ends = [completion[-1] == 256 for _, completion in calls["ids"][0]]
     lengths = [len(completion) for _, completion in calls["ids"][0]]
     assert all(end or length == T for end, length in zip(ends, lengths, strict=True))
 
 
-PAGE = (ROOT / "extras" / "SCALING.md").read_text()
+PAGE = (ROOT / "docs" / "scaling.md").read_text()
 
 
 def test_the_page_names_options_that_exist_with_these_values():
@@ -476,7 +477,7 @@ def test_errors_of_the_user_are_one_line(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     extra = ["--use_cpu", "--model", str(directory)] if command[:3] in ("gpg", "cop") else []
-    with pytest.raises(SystemExit) as status, common.plain_errors("on_trl.py"):
+    with pytest.raises(SystemExit) as status, plain_errors("on_trl.py"):
         on_trl.main([*command.split(), *extra])
     error = capsys.readouterr().err
     assert status.value.code == 2 and message in error and error.count("\n") == 1, error

@@ -1,32 +1,32 @@
 """The scripts in extras/: tables and figures from runs, and the measurements in small."""
 
 import itertools
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
-EXTRAS = Path(__file__).resolve().parent.parent / "extras"
-sys.path.insert(0, str(EXTRAS))
+EXTRAS = Path(__file__).resolve().parent.parent
 
 import alpha as extras_alpha  # noqa: E402
+import benchmark  # noqa: E402
 import compare  # noqa: E402
-import gpu  # noqa: E402
 import plot  # noqa: E402
 import shared  # noqa: E402
 import sweep  # noqa: E402
 
-import common  # noqa: E402
 import copg  # noqa: E402
 import gpg  # noqa: E402
 import grpo  # noqa: E402
-from common import UserError  # noqa: E402
+import run as run_module  # noqa: E402
+from tasks import UserError  # noqa: E402
 
 
 def write_run(path, accuracies=(0.2, 0.6, 0.8), slower=1, rounds=(1, 2, 1, 1)):
@@ -44,7 +44,7 @@ def write_run(path, accuracies=(0.2, 0.6, 0.8), slower=1, rounds=(1, 2, 1, 1)):
 def test_help(path, monkeypatch, capsys):
     if path.name == "on_trl.py":
         pytest.importorskip("trl")
-    if path.name not in ("shared.py", "on_verl.py"):  # modules, no scripts
+    if path.name != "shared.py":  # a module, no script
         monkeypatch.setattr(sys, "argv", [str(path), "--help"])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(path), run_name="__main__")
@@ -151,7 +151,7 @@ def test_compare_changes_one_thing_at_a_time():
         script, *flags = method.command.split()
         args.append({"grpo.py": grpo, "gpg.py": gpg}[script].parse_args(flags))
     first, second, third = (vars(a) for a in args[:3])
-    changed = [{k for k in a if a[k] != b[k]} - {"out", "command"}
+    changed = [{k for k in a if a[k] != b[k]} - {"out"}
                for a, b in ((first, second), (second, third))]  # fmt: skip
     assert changed == [{"kl_beta"}, {"scale"}]
     assert args[2].aggregate == "sequence" and args[2].clip_high == 0.2
@@ -281,7 +281,7 @@ def test_sweep(tmp_path, monkeypatch, capsys, model_dirs):
 
     def evaluate(model, ref_model, tokenizer, reward_model, task, args):
         assert args.eval_first == (200 if args.seed == 100 else 0)
-        names = "reward", "utility", "kl", "length"
+        names = "eval_reward", "eval_utility", "eval_kl", "eval_length"
         value = float(1 - abs(np.log10(args.beta)) + args.seed / 100)
         return dict.fromkeys(names, value), []
 
@@ -294,7 +294,7 @@ def test_sweep(tmp_path, monkeypatch, capsys, model_dirs):
             raise RuntimeError("the total norm is non-finite")
         return run
 
-    monkeypatch.setattr(common, "draw_curves", lambda *_: None)  # slow
+    monkeypatch.setattr(run_module, "draw_curves", lambda *_: None)  # slow
     monkeypatch.setattr(copg, "evaluate", evaluate)
     monkeypatch.setattr(copg, "train", watched)
     flags = ["--model", str(model_dirs["qwen2"]), "--task", "add", "--pairs", "8", "--prompts", "4"]
@@ -334,11 +334,14 @@ def test_sweep(tmp_path, monkeypatch, capsys, model_dirs):
 
 def test_plot(tmp_path, monkeypatch, capsys):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", (0.1, 0.2, 0.3), 3)]
-    monkeypatch.setattr(plt, "close", lambda figure: None)
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: figures.append(self) or savefig(self, *a, **k)
+    )
     plot.main([*map(str, runs), "--out", str(tmp_path / "two.png")])
     assert (tmp_path / "two.png").stat().st_size > 5000
-    axes = {axis.get_title(): axis for axis in plt.gcf().axes}
-    assert set(axes) == {"rounds", "seconds", "eval_accuracy", ""}
+    axes = {axis.get_title(): axis for axis in figures[0].axes}
+    assert set(axes) == {"rounds", "seconds", "eval_accuracy"}
     lines = [line.get_xydata().tolist() for line in axes["eval_accuracy"].lines]
     assert lines == [[[0, 0.2], [2, 0.6], [4, 0.8]], [[0, 0.1], [2, 0.2], [4, 0.3]]]
 
@@ -363,27 +366,36 @@ def test_plot_refuses_what_is_no_run(tmp_path, text, message):
         plot.main([str(run), "--out", str(tmp_path / "curves.nonsense")])
 
 
-def test_gpu_dry_run(tmp_path, monkeypatch):
-    """A part that fails does not stop the others; what they have seen is in the file."""
-
-    def broken():
-        raise RuntimeError("no luck")
-
-    monkeypatch.setitem(gpu.PARTS, "tests", broken)
-    parts = ["tests", "sampling", "update", "step"]
-    gpu.main(["--dry-run", "--out", str(tmp_path / "gpu.md"), *parts])
-    text = (tmp_path / "gpu.md").read_text()
-    assert "**failed**: RuntimeError('no luck')" in text and text.count("**failed**") == 1
-    for section, rows in (("sampling", 3), ("update", 12), ("step", 4)):
-        table = text.split(f"## {section}\n")[1].split("\n\n## ")[0].splitlines()
-        table = [line.count("|") for line in table if line.startswith("|")]
-        assert len(table) == 2 + rows and len(set(table)) == 1  # no cell with an error
-    assert "of micro-batches of 8192 are padding; attention is sdpa" in text
+def test_the_gpus_parts_of_the_benchmark_run_dry(capsys, monkeypatch):
+    """Every cell of the three tables is a number, no error."""
+    for name in ("B", "G", "P", "T"):  # --dry-run makes them small
+        monkeypatch.setattr(benchmark, name, getattr(benchmark, name))
+    benchmark.main(["precision", "decode", "update", "--dry-run"])
+    tables = capsys.readouterr().out.split("\n\n| model")[1:]
+    rows = [[line for line in table.splitlines() if line.startswith("|")] for table in tables]
+    assert [len(lines) - 1 for lines in rows] == [2, 3, 12]
+    cells = [cell.strip() for lines in rows for line in lines[1:] for cell in line.split("|")[3:-1]]
+    for cell in cells:
+        float(cell.strip("%").replace(",", "").replace("False", "0").replace("True", "1"))
 
 
-def test_gpu_refuses(monkeypatch):
-    with pytest.raises(UserError, match="no such part: nonsense"):
-        gpu.main(["--dry-run", "nonsense"])
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+def test_the_benchmark_measures_both_sides(capsys, monkeypatch):
+    """Without TRL and with one turn; what is printed are rates and a ratio."""
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(benchmark, "take_turns", one_turn)
+    benchmark.main(["step", "sample"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "(TRL is not installed)" in lines[1]
+    assert len(lines) == 6 and all(re.search(r"\d+ and \d+ tokens/s", x) for x in lines[2:])
+
+
+def one_turn(repeats, **sides):
+    return {name: [function(*args)] for name, (function, *args) in sides.items()}
+
+
+def test_the_benchmark_refuses(monkeypatch):
+    with pytest.raises(UserError, match="nonsense"):
+        benchmark.main(["--dry-run", "nonsense"])
+    monkeypatch.setattr(benchmark.torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA GPU here"):
-        gpu.main([])
+        benchmark.main(["decode"])
