@@ -1,14 +1,27 @@
-"""What several test files need: by-hand rollouts, brute-force log-probs, small runs of a script."""
+"""What several test files need: small models and runs, brute-force log-probs, by-hand rollouts."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import Rollout
 from tasks import TextTask
 from tasks.prompts import pad
 
 PROMPTS = ["7", "12+5=", "a longer prompt, of quite another length: ", "1+1="]
+
+
+def make_model(model_type: str, **config):
+    """A random model of a Hugging Face model type, with distributions far from uniform."""
+    sizes = {
+        "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "initializer_range": 0.3, "init_std": 0.3,
+        "bos_token_id": None, "eos_token_id": 256, "pad_token_id": None,
+    }  # fmt: skip
+    config = AutoConfig.for_model(model_type, **sizes | config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def close(a: Tensor, b: Tensor, atol: float) -> None:
