@@ -12,9 +12,13 @@ import torch
 from transformers import PretrainedConfig
 
 import common
+import copg
 import gpg
+import grpo
+import run as run_module
 from common import Rollout
 from tasks import TextTask
+from tasks.prompts import encode_prompts
 from tasks.tiny import tiny_tokenizer
 
 V = 258
@@ -98,22 +102,25 @@ class Stage:
 
         monkeypatch.setattr(torch.optim, "AdamW", AdamW)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_record)
-        for name in ("make_task", "load_model", "sample", "completion_logprobs", "evaluate"):
-            monkeypatch.setattr(common, name, getattr(self, name))
-        monkeypatch.setattr(common, "draw_curves", lambda *_: None)  # slow
+        for module in (common, gpg, grpo, copg):
+            for name in ("make_task", "load_model", "sample", "completion_logprobs", "evaluate"):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, getattr(self, name))
+        monkeypatch.setattr(run_module, "draw_curves", lambda *_: None)  # slow
 
     def make_task(self, name, split="train"):
         self.tasks.append((name, split))
         return Numbered(split)
 
-    def load_model(self, *args):
-        self.loads.append(args)
+    def load_model(self, *args, **kwargs):
+        self.loads.append((*args, *kwargs.values()))
         self.models.append(Bigrams(len(self.models)))
         return self.models[-1], self.tokenizer
 
     def evaluate(self, model, tokenizer, task, args):
         self.evaluations.append((model, tokenizer, task.split, args))
-        return {"accuracy": 0.25, "accuracy_stderr": 0.125, "greedy": len(self.evaluations) / 8}
+        greedy = len(self.evaluations) / 8
+        return {"eval_accuracy": 0.25, "eval_accuracy_stderr": 0.125, "eval_greedy": greedy}
 
     def sample(self, model, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0):
         """Random tokens, lengths and rewards. The log-probs are those of a somewhat older policy:
@@ -130,8 +137,8 @@ class Stage:
         }
         call |= {"seed": torch.initial_seed(), "model": model, "first": len(self.samples)}
         texts = [f"{r:.2f} {call['first']}.{i}" for i, r in enumerate(rewards.flatten().tolist())]
-        prompt = (x.repeat_interleave(group_size, 0) for x in
-                  common.encode_prompts(model, tokenizer, prompts, room=T))  # fmt: skip
+        prompt = encode_prompts(model, tokenizer, prompts, T)[:2]
+        prompt = [x.repeat_interleave(group_size, 0) for x in prompt]
         ids, lengths = torch.randint(200, (N, T)), torch.randint(1, T + 1, (N, 1))
         mask = torch.arange(T) < lengths
         rollout = Rollout(*prompt, ids, mask, torch.zeros(N, T), torch.rand(N) < 0.4, texts)
@@ -226,7 +233,7 @@ class Stage:
             assert [s["completion"] for s in shown] == [row.text for row in groups[0]]
             assert {s["prompt"] for s in shown} == {batches[0]["prompts"][0]}
             assert [s["reward"] for s in shown] == pytest.approx(rewards[0], abs=1e-5)
-        assert run.state["tokens"] == total and next(calls, None) is None
+        assert sum(row["tokens"] for row in run.rows[1:]) == total and next(calls, None) is None
 
     def check_evaluations(self, rows, columns):
         """Before the first step, every second step and after the last, on the test split."""
@@ -246,12 +253,15 @@ def metrics(run):
 
 
 def test_learning_rate():
-    rate = common.learning_rate
-    assert [rate(s, 100, 2.0, 4, "constant") for s in (1, 2, 4, 5, 100)] == [0.5, 1, 2, 2, 2]
-    assert rate(52, 100, 2.0, 4, "cosine") == pytest.approx(1.0)
-    assert rate(28, 100, 2.0, 4, "cosine") == pytest.approx(1 + math.sqrt(0.5))
-    assert rate(100, 100, 2.0, 4, "cosine") == pytest.approx(0.0, abs=1e-12)
-    assert rate(1, 1, 2.0, 0, "cosine") == pytest.approx(0.0, abs=1e-12)
+    def rate(step, schedule, steps=100, warmup=4):
+        args = SimpleNamespace(steps=steps, lr=2.0, warmup=warmup, schedule=schedule)
+        return run_module.learning_rate(step, args)
+
+    assert [rate(s, "constant") for s in (1, 2, 4, 5, 100)] == [0.5, 1, 2, 2, 2]
+    assert rate(52, "cosine") == pytest.approx(1.0)
+    assert rate(28, "cosine") == pytest.approx(1 + math.sqrt(0.5))
+    assert rate(100, "cosine") == pytest.approx(0.0, abs=1e-12)
+    assert rate(1, "cosine", 1, 0) == pytest.approx(0.0, abs=1e-12)
 
 
 # ---- common.evaluate ----
@@ -284,7 +294,7 @@ def test_evaluate(monkeypatch, size, n):
     task.size, args.eval_problems, args.eval_samples, args.max_new_tokens = size, 130, 3, 9
     args.eval_first = first = 0 if size else 7
     state = torch.get_rng_state()
-    figures = common.evaluate("model", "tokenizer", task, args)
+    found = common.evaluate("model", "tokenizer", task, args)
     assert torch.equal(torch.get_rng_state(), state)
 
     end = first + n
@@ -295,19 +305,19 @@ def test_evaluate(monkeypatch, size, n):
     solved = [s for call in calls if call[3] == 3 for s in call[-1]]
     shares = [sum(solved[3 * i : 3 * i + 3]) / 3 for i in range(n)]
     greedy = [s for call in calls if call[3] == 1 for s in call[-1]]
-    assert figures.pop("accuracy") == pytest.approx(statistics.mean(shares), abs=1e-9)
-    error = figures.pop("accuracy_stderr")
+    assert found.pop("eval_accuracy") == pytest.approx(statistics.mean(shares), abs=1e-9)
+    error = found.pop("eval_accuracy_stderr")
     if n > 1:  # over problems
         assert error == pytest.approx(statistics.stdev(shares) / math.sqrt(n), abs=1e-9)
     else:
         assert math.isnan(error)
-    assert figures.pop("greedy") == pytest.approx(sum(greedy) / n, abs=1e-9)
-    assert figures.pop("pass_at_k") == pytest.approx(sum(s > 0 for s in shares) / n, abs=1e-9)
-    assert not figures
+    assert found.pop("eval_greedy") == pytest.approx(sum(greedy) / n, abs=1e-9)
+    assert found.pop("eval_pass_at_k") == pytest.approx(sum(s > 0 for s in shares) / n, abs=1e-9)
+    assert not found
 
     torch.manual_seed(5)  # the next evaluation draws the same numbers, whatever was drawn before
     again = common.evaluate("model", "tokenizer", task, args)
-    assert again["greedy"] == sum(greedy) / n and calls[-1] == calls[len(batches) * 2 - 1]
+    assert again["eval_greedy"] == sum(greedy) / n and calls[-1] == calls[len(batches) * 2 - 1]
 
 
 # ---- real small models, for the tests of each script ----
@@ -325,8 +335,8 @@ class ManyAs(TextTask):
 
 def run_script(script, tmp_path, monkeypatch, model_dir, task, *flags):
     """A small run of a script on a task object -> the run, and its rows without that of step 0."""
-    monkeypatch.setattr(common, "make_task", lambda name, split="train": task)
-    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(script, "make_task", lambda name, split="train": task)
+    monkeypatch.setattr(run_module, "draw_curves", lambda *_: None)
     flags = ["--model", model_dir, "--max-new-tokens", "8", "--steps", "3", "--prompts", "4",
              "--eval-problems", "4", "--eval-samples", "2", *flags]  # fmt: skip
     flags += [] if "--out" in flags else ["--out", tmp_path / f"run{len(list(tmp_path.iterdir()))}"]

@@ -1,0 +1,97 @@
+"""A3, Group Policy Gradient: the questions of gpg.py."""
+
+import torch
+from probe import Case, Question, call, gradient
+from training import train_case
+
+
+def rewards_of(seed: int) -> list[torch.Tensor]:
+    """Groups of every kind: mixed, dead at 0, at .1, above and below 0, all positive, negative."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, 3, (6, 4), generator=generator) / 2
+    return [
+        torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0.5, 1, 0.5]]),
+        torch.tensor([[-1.0, -1, -1, -1], [1, -1, -1, -1], [2, 3, 2, 3], [-2, -1, -2, -2]]),
+        torch.tensor([[0.7] * 8]),
+        drawn,
+        drawn.double() + 3,
+    ]
+
+
+def advantages(seed: int) -> list[Case]:
+    cases = [call("is_valid", rewards) for rewards in rewards_of(seed)]
+    mixed = [rewards_of(seed)[i] for i in (0, 1, 3, 4)]
+    cases += [call("group_advantages", rewards) for rewards in mixed]
+    return cases + [call("group_advantages", rewards[:1], "std") for rewards in mixed[:2]]
+
+
+def alpha(seed: int) -> list[Case]:
+    dead = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    return [call("gradient_scale", rewards) for rewards in [*rewards_of(seed), dead, dead - 1]]
+
+
+def loss(seed: int) -> list[Case]:
+    generator = torch.Generator().manual_seed(seed)
+    cases = []
+    for dtype, mask_type in ((torch.float32, torch.bool), (torch.float64, torch.float64)):
+        logprobs = -torch.rand(4, 5, generator=generator).to(dtype)
+        advantages = torch.tensor([0.5, -0.5, 0.25, -0.25], dtype=dtype)
+        mask = (torch.arange(5) < torch.tensor([[5], [2], [3], [1]])).to(mask_type)
+        for more in ({}, {"alpha": 2.0}, {"alpha": 1.5, "total_tokens": 30}):
+            cases.append(gradient("gpg_loss", logprobs, advantages, mask, **more))
+    return cases
+
+
+def groups(seed: int) -> list[Case]:
+    generator = torch.Generator().manual_seed(seed)
+    patterns = [[0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 1, 0]]
+    patterns += [(torch.rand(9, generator=generator) < 0.4).tolist(), [1] * 6]
+    cases = []
+    for pattern in patterns:
+        valid = torch.tensor(pattern).bool()
+
+        def run(module, valid=valid):
+            return sorted(torch.as_tensor(module.fill_batch(valid.clone(), 3)).tolist())
+
+        cases.append(Case(f"fill_batch({valid.long().tolist()}, B=3), in any order", run))
+    return cases
+
+
+SAMPLING = ["rounds", "reward_mean", "valid_share", "completion_length", "tokens"]
+FLAGS = ["--beta-th 0.9 --max-rounds 3", "--beta-th 0.75 --max-rounds 4", "--beta-th 0"]
+
+
+def sampling(seed: int) -> list[Case]:
+    return [train_case(f"{flags} --steps 1 --seed {seed}", SAMPLING) for flags in FLAGS]
+
+
+def batch(seed: int) -> list[Case]:
+    flags = ["--beta-th 0", "--beta-th 0 --no-alpha", "--beta-th 0.9 --max-rounds 3"]
+    return [train_case(f"{x} --steps 1 --seed {seed}", ["alpha", "loss"]) for x in flags]
+
+
+def update(seed: int) -> list[Case]:
+    flags = ["", "--micro-batch-tokens 40", "--f-norm std --temperature 0.7", "--clip-grad 0.01"]
+    columns = ["loss", "grad_norm", "lr", "weights"]
+    cases = [train_case(f"{x} --steps 2 --seed {seed}", columns) for x in flags]
+    return [*cases, train_case(f"--steps 2 --seed {seed}", columns, task="AllDead-v0")]
+
+
+QUESTIONS = {
+    "Q1": Question(
+        "Valid groups and their advantages",
+        15,
+        "gpg.py",
+        ["is_valid", "group_advantages"],
+        advantages,
+    ),
+    "Q2": Question("Alpha", 10, "gpg.py", ["gradient_scale"], alpha),
+    "Q3": Question("The loss", 15, "gpg.py", ["gpg_loss"], loss),
+    "Q4": Question("The groups of the batch", 10, "gpg.py", ["fill_batch"], groups),
+    "Q5": Question(
+        "Training: sampling until enough groups are valid", 10, "gpg.py", ["train 1"], sampling
+    ),
+    "Q6": Question("Training: the groups of the update", 10, "gpg.py", ["train 2"], batch),
+    "Q7": Question("Training: one gradient step", 15, "gpg.py", ["train 3"], update),
+}
+WRITTEN = {"W1": 5, "W2": 5, "W3": 5}

@@ -1,0 +1,102 @@
+"""A4, GRPO: the questions of grpo.py."""
+
+import torch
+from a3 import rewards_of
+from probe import Case, Question, call, gradient
+from training import train_case
+
+
+def advantages(seed: int) -> list[Case]:
+    cases = [call("group_advantages", rewards) for rewards in rewards_of(seed)]
+    return cases + [call("group_advantages", rewards, "none") for rewards in rewards_of(seed)[1:]]
+
+
+def kl(seed: int) -> list[Case]:
+    generator = torch.Generator().manual_seed(seed)
+    policy = -torch.rand(2, 3, generator=generator, dtype=torch.float64) * 3
+    near = policy + 1e-5 * torch.rand(2, 3, generator=generator, dtype=torch.float64)
+    far = policy + torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    single = [(policy.float(), (policy + 1e-3).float()), (policy.float(), far.float())]
+    return [
+        gradient("kl_k3", a, b, tolerance=1e-3) for a, b in [(policy, near), (policy, far), *single]
+    ]
+
+
+def loss(seed: int) -> list[Case]:
+    generator = torch.Generator().manual_seed(seed)
+    logprobs = -torch.rand(4, 5, generator=generator, dtype=torch.float64)
+    old = logprobs + 0.4 * torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    ref = logprobs + 0.4 * torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [3], [1]])
+    cases = []
+    for aggregate in ("sequence", "token", "constant"):
+        for more in ({}, {"clip_low": 0.1, "clip_high": 0.3}, {"total": 12.0}):
+            fixed = {"aggregate": aggregate, **more}
+            cases.append(gradient("grpo_loss", logprobs, old, advantages, mask, **fixed))
+        with_kl = {"ref_logprobs": ref, "kl_beta": 0.2, "aggregate": aggregate}
+        cases.append(gradient("grpo_loss", logprobs, old, advantages, mask, **with_kl))
+    return cases
+
+
+def clips(seed: int) -> list[Case]:
+    ratio = torch.tensor([[0.5, 0.85, 1.0, 1.15, 1.5]]).repeat(3, 1)
+    advantages = torch.tensor([1.0, -1.0, 0.0])
+    cases = [
+        call("is_clipped", ratio, advantages, low, high) for low, high in ((0.2, 0.2), (0.1, 0.3))
+    ]
+
+    def passes(module, N, mu, n):
+        parts = [part.tolist() for part in module.minibatches(N, mu, n)]
+        sizes = sorted(map(len, parts))
+        rounds = [sorted(i for part in parts[k * n : (k + 1) * n] for i in part) for k in range(mu)]
+        order = [[i for part in parts[k * n : (k + 1) * n] for i in part] for k in range(mu)]
+        return {
+            "number": len(parts),
+            "sizes": sizes,
+            "each pass has every row": all(r == list(range(N)) for r in rounds),
+            "passes differ": order[0] != order[-1] or mu == 1,
+            "shuffled": order[0] != list(range(N)),
+        }
+
+    for N, mu, n in ((40, 1, 4), (41, 3, 6), (30, 2, 1)):
+        cases.append(Case(f"minibatches({N}, {mu}, {n})", lambda m, a=(N, mu, n): passes(m, *a)))
+    return cases
+
+
+SAMPLING = ["rounds", "reward_mean", "valid_share", "completion_length", "tokens"]
+
+
+def sampling(seed: int) -> list[Case]:
+    flags = ["", "--dynamic-sampling --max-rounds 3", "--dynamic-sampling --max-rounds 8"]
+    cases = [train_case(f"{x} --steps 1 --seed {seed}", SAMPLING) for x in flags]
+    return [*cases, train_case(f"{flags[1]} --steps 1 --seed {seed}", SAMPLING, "AllDead-v0")]
+
+
+def batch(seed: int) -> list[Case]:
+    flags = ["", "--kl-beta 0", "--dynamic-sampling --max-rounds 3", "--scale none"]
+    flags += ["--kl-beta 0.5 --temperature 0.7 --lr 1e-2"]
+    return [train_case(f"{x} --steps 2 --seed {seed}", ["loss", "grad_norm", "kl"]) for x in flags]
+
+
+def updates(seed: int) -> list[Case]:
+    several = "--updates-per-batch 2 --minibatches 3"
+    flags = [several, f"{several} --micro-batch-tokens 40 --kl-beta 0", f"{several} --variant dapo"]
+    flags += [f"{several} --variant dr_grpo --micro-batch-tokens 40"]
+    columns = ["loss", "grad_norm", "clip_share", "ratio_min", "ratio_max", "weights"]
+    cases = [train_case(f"{x} --steps 2 --seed {seed}", columns) for x in flags]
+    return [*cases, train_case(f"--kl-beta 0 --steps 2 --seed {seed}", columns, "AllDead-v0")]
+
+
+QUESTIONS = {
+    "Q1": Question("Advantages", 10, "grpo.py", ["group_advantages"], advantages),
+    "Q2": Question("The estimate of the KL", 15, "grpo.py", ["kl_k3"], kl),
+    "Q3": Question("The loss", 20, "grpo.py", ["grpo_loss"], loss),
+    "Q4": Question(
+        "What is clipped, and the minibatches", 10, "grpo.py", ["is_clipped", "minibatches"], clips
+    ),
+    "Q5": Question("Training: sampling", 10, "grpo.py", ["train 1"], sampling),
+    "Q6": Question("Training: the batch of the updates", 10, "grpo.py", ["train 2"], batch),
+    "Q7": Question("Training: the updates", 10, "grpo.py", ["train 3"], updates),
+}
+WRITTEN = {"W1": 5, "W2": 5, "W3": 5}

@@ -1,0 +1,69 @@
+"""A5, Contrastive Policy Gradient: the questions of copg.py and of the posts."""
+
+import torch
+from probe import Case, Question, gradient
+
+from tasks import Posts
+
+
+def h_and_rewards(seed: int, G: int):
+    generator = torch.Generator().manual_seed(seed + G)
+    h = torch.randn(3, G, generator=generator, dtype=torch.float64)
+    return h, torch.randn(3, G, generator=generator, dtype=torch.float64)
+
+
+def copg(seed: int) -> list[Case]:
+    cases = []
+    for G in (2, 3, 5):
+        for beta in (0.06, 0.7):
+            cases.append(gradient("copg_loss", *h_and_rewards(seed, G), beta))
+    return cases
+
+
+def preferences(seed: int) -> list[Case]:
+    cases = []
+    for name in ("ipo_loss", "dpo_loss"):
+        h, _ = h_and_rewards(seed, 2)
+        for wrt in (0, 1):
+            cases.append(gradient(name, h[:, 0], h[:, 1], 0.3, wrt=wrt))
+    for loss in ("copg", "ipo", "dpo"):
+        for G in (2, 4):
+            h, rewards = h_and_rewards(seed, G)
+            rewards[0] = 1.0  # all equal
+            cases.append(gradient("policy_loss", loss, h, rewards, 0.2, wrt=1))
+    return cases
+
+
+def reward_model(seed: int) -> list[Case]:
+    h, _ = h_and_rewards(seed, 2)
+    return [gradient("bradley_terry_loss", h[:, 0] * k, h[:, 1], wrt=k % 2) for k in (1, 2, 40)]
+
+
+def utility(seed: int) -> list[Case]:
+    task, cases = Posts(), []
+    for index in range(seed, seed + 4):
+        answer = task.problem(index)[1]
+        facts = answer.split(" ; ")
+        texts = ["", answer, facts[0], " ; ".join([*facts[:2], facts[0]]), "thanks for reading"]
+        texts += [f"{facts[1]} ; my boss lost my bike", task.write(index, 1), task.write(index, 2)]
+        for text in texts:
+            cases.append(
+                Case(
+                    f"Posts().reward({text!r}, {answer!r})",
+                    lambda m, a=(text, answer): m.Posts().reward(*a),
+                )
+            )
+    return cases
+
+
+QUESTIONS = {
+    "Q1": Question("The loss of CoPG", 25, "copg.py", ["copg_loss"], copg),
+    "Q2": Question(
+        "IPO and DPO", 20, "copg.py", ["ipo_loss", "dpo_loss", "policy_loss"], preferences
+    ),
+    "Q3": Question(
+        "The loss of a reward model", 10, "copg.py", ["bradley_terry_loss"], reward_model
+    ),
+    "Q4": Question("The utility of a summary", 15, "tasks/posts.py", ["Posts.reward"], utility),
+}
+WRITTEN = {"W1": 10, "W2": 5, "W3": 5, "W4": 10}

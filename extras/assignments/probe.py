@@ -1,0 +1,178 @@
+"""What a question asks of a module: calls, and what they return. Runs in a process of its own.
+
+    python extras/assignments/probe.py A3 Q1 FOLDER SEED OUT    the functions of Q1 from FOLDER
+
+A student's module is imported as it is, so that everything Python allows works. The functions of
+the other questions in it are replaced by the reference's: a mistake costs only its own question.
+What the calls return is written to OUT as JSON and compared elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+
+@dataclass
+class Case:
+    """One call and what it should show: `run(module)` returns tensors, numbers, texts or dicts."""
+
+    label: str
+    run: Callable
+    tolerance: float = 1e-4  # relative to the largest number of the expected value
+
+
+@dataclass
+class Question:
+    title: str
+    points: int
+    file: str
+    names: list[str]  # functions and classes that the student writes; "train 2" is a paragraph
+    cases: Callable  # seed -> list of cases
+
+
+def call(name: str, *args, tolerance: float = 1e-4, **kwargs) -> Case:
+    """name(*args, **kwargs), which must not change its arguments."""
+    shown = [brief(x) for x in args] + [f"{key}={brief(x)}" for key, x in kwargs.items()]
+
+    def run(module):
+        mine, more = copy.deepcopy(args), copy.deepcopy(kwargs)
+        value = getattr(module, name)(*mine, **more)
+        if plain(mine) != plain(args) or plain(more) != plain(kwargs):
+            raise ValueError("your function changes its arguments")
+        return value
+
+    return Case(f"{name}({', '.join(shown)})", run, tolerance)
+
+
+def gradient(name: str, *args, wrt: int = 0, tolerance: float = 1e-4, **kwargs) -> Case:
+    """The value of name(*args, **kwargs) and its gradient with respect to argument number `wrt`."""
+    shown = [brief(x) for x in args] + [f"{key}={brief(x)}" for key, x in kwargs.items()]
+
+    def run(module):
+        mine = [copy.deepcopy(x) for x in args]
+        mine[wrt] = mine[wrt].detach().clone().requires_grad_()
+        value = getattr(module, name)(*mine, **copy.deepcopy(kwargs))
+        if not value.requires_grad:
+            raise ValueError("what your function returns has no gradient")
+        slope = torch.autograd.grad(value.sum(), mine[wrt])[0]
+        return {"value": value.detach(), "gradient": slope, "dtype": str(value.dtype)}
+
+    return Case(f"{name}({', '.join(shown)}), with its gradient", run, tolerance)
+
+
+def brief(x) -> str:
+    if isinstance(x, torch.Tensor):
+        return brief(x.tolist()) if x.numel() <= 16 else f"a tensor {list(x.shape)}"
+    if isinstance(x, list):
+        return f"[{', '.join(map(brief, x))}]"
+    return f"{x:.4g}" if isinstance(x, float) else repr(x)
+
+
+def plain(value):
+    """Tensors and arrays as lists, so that JSON can hold them."""
+    if isinstance(value, dict):
+        return {str(key): plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(x) for x in value]
+    if isinstance(value, (bool, int, str)) or value is None:
+        return value
+    if hasattr(value, "detach"):
+        return plain(value.detach().cpu().tolist())
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return float(value)
+
+
+def same(a, b, tolerance: float) -> bool:
+    """Are two plain values equal? Numbers may differ by `tolerance` of the largest of `b`."""
+    if isinstance(b, dict):
+        return (
+            isinstance(a, dict)
+            and a.keys() == b.keys()
+            and all(same(a[key], b[key], tolerance) for key in b)
+        )
+    if isinstance(b, list):
+        if not isinstance(a, list) or len(a) != len(b):
+            return False
+        if not all(isinstance(x, (int, float)) for x in [*a, *b]):
+            return all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
+        scale = max((abs(y) for y in b if math.isfinite(y)), default=0.0)
+        return all(close(x, y, tolerance * max(scale, 1e-6)) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return close(a, b, tolerance * max(abs(b), 1e-6) if math.isfinite(b) else 0.0)
+    return a == b
+
+
+def close(x: float, y: float, atol: float) -> bool:
+    return x == y or (math.isnan(x) and math.isnan(y)) or abs(x - y) <= atol
+
+
+def load(path: Path, name: str):
+    """The module in a file, under a name of its own. A file of tasks/ may import its neighbours."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepared(questions: dict[str, Question], key: str, folder: Path):
+    """The student's module of a question, with the reference's functions for other questions."""
+    file = questions[key].file
+    dotted = file.removesuffix(".py").replace("/", ".")
+    reference = importlib.import_module(dotted)
+    if folder == ROOT:
+        return reference
+    module = load(folder / file, f"{dotted}_submitted")
+    own = {name.split()[0] for name in questions[key].names}
+    for question in questions.values():
+        for name in {name.split()[0] for name in question.names} - own:
+            if question.file == file:
+                setattr(module, name, getattr(reference, name))
+    return module
+
+
+def outcome(case: Case, module) -> dict:
+    torch.manual_seed(0)
+    try:
+        return {"value": plain(case.run(module))}
+    except NotImplementedError:
+        return {"error": "not done yet"}
+    except (Exception, SystemExit) as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def main(assignment: str, key: str, folder: str, seed: str, out: str) -> None:
+    torch.set_num_threads(1)
+    questions = importlib.import_module(assignment.lower()).QUESTIONS
+    cases = questions[key].cases(int(seed))
+    try:
+        module = prepared(questions, key, Path(folder).resolve())
+    except (Exception, SystemExit) as error:
+        results = [
+            {"error": f"your file cannot be imported: {type(error).__name__}: {error}"[:300]}
+        ]
+        results *= len(cases)
+    else:
+        results = [outcome(case, module) for case in cases]
+    Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    import probe  # so that Case and Question are the same classes here and in a1.py ...
+
+    probe.main(*sys.argv[1:])

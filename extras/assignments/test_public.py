@@ -1,0 +1,24 @@
+"""The public tests: every check of every question. `python -m pytest -k Q3` runs those of Q3."""
+
+import importlib
+import json
+from pathlib import Path
+
+import probe
+import pytest
+
+HERE = Path(__file__).resolve().parent
+GIVEN = json.loads((HERE / "expected.json").read_text())
+QUESTIONS = importlib.import_module(GIVEN["assignment"].lower()).QUESTIONS
+CASES = [(key, i) for key, question in QUESTIONS.items() for i in range(len(question.cases(0)))]
+
+
+@pytest.mark.parametrize("key, i", CASES, ids=[f"{key}-{i + 1}" for key, i in CASES])
+def test_question(key, i):
+    module = importlib.import_module(QUESTIONS[key].file.removesuffix(".py").replace("/", "."))
+    case, right = QUESTIONS[key].cases(0)[i], GIVEN["values"][key][i]["value"]
+    got = probe.outcome(case, module)
+    if "error" in got:
+        pytest.fail(f"{case.label}: {got['error']}", pytrace=False)
+    if not probe.same(got["value"], right, case.tolerance):
+        pytest.fail(f"{case.label}\nexpected {right}\nyours    {got['value']}", pytrace=False)
