@@ -141,7 +141,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_should_be(monkeypatch):
     close(logprobs[rare].exp(), torch.full((int(rare.sum()),), 1e-9), 1e-14)
 
 
-def test_the_eos_is_in_the_mask_and_not_in_the_text(loaded):
+def test_eos_is_in_the_mask_and_in_no_text_and_nothing_follows_it(loaded):
     """The mask ends with the EOS, the text before it; behind it everything is 0."""
     model, tokenizer = loaded
     stop, ends = common.stop_token_ids(model, tokenizer), set()
