@@ -12,92 +12,6 @@ import common
 from common import Rollout, completion_logprobs, sample
 from tasks.tiny import tiny_tokenizer
 
-OTHERS = {  # model type: what its config needs; a window of 8 is shorter than a prompt
-    "bloom": {}, "falcon": {}, "gpt_neox": {}, "gptj": {"rotary_dim": 4}, "olmo2": {}, "phi3": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "qwen3": {}, "smollm3": {}, "stablelm": {},
-    "gemma2": {"final_logit_softcapping": 50.0, "sliding_window": 8, "head_dim": 8},
-    "gemma3_text": {"sliding_window": 8, "head_dim": 8}, "mistral": {"sliding_window": 8},
-    "granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.5},
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "sliding_window": 8},
-    "deepseek_v3": {
-        "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4,
-        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-    },
-}  # fmt: skip
-CHANGED_LOGITS = {"gemma2", "granite", "cohere"}  # their logits are not head(states) alone
-
-
-@pytest.fixture(params=[*FAMILIES, *OTHERS])
-def every(request, model_dirs, tmp_path):
-    """(model, tokenizer) of every family; 31 ids end a row, so that most rows end early."""
-    directory = model_dirs.get(request.param, tmp_path)
-    if request.param in OTHERS:
-        torch.manual_seed(1)
-        make_model(request.param, **OTHERS[request.param]).save_pretrained(directory)
-        tiny_tokenizer().save_pretrained(directory)
-    model, tokenizer = common.load_model(directory, "cpu")
-    model.generation_config.eos_token_id = [256, *range(100, 130)]
-    return model, tokenizer
-
-
-# ---- every family ----
-
-
-def test_greedy_equals_generate(every):
-    """At temperature 0 the tokens are those of transformers' generate, the log-probs those at 1."""
-    model, tokenizer = every
-    ours = sample(model, tokenizer, PROMPTS, 2, 16, temperature=0)
-    for row in range(8):
-        prompt = tokenizer(PROMPTS[row // 2], return_tensors="pt").input_ids
-        theirs = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False,
-            eos_token_id=common.stop_token_ids(model, tokenizer), pad_token_id=0,
-        )[0, prompt.shape[1] :]  # fmt: skip
-        assert ours.completion_ids[row][ours.completion_mask[row]].tolist() == theirs.tolist()
-    close(ours.logprobs, naive_logprobs(model, ours), 1e-4)
-
-
-def test_sampled_scored_and_naive_logprobs_agree(every):
-    """Log-probs when sampled, when scored, and row by row without padding are the same."""
-    model, tokenizer = every
-    lengths = set()
-    for temperature in (0.7, 1.3):
-        rollout = sample(model, tokenizer, PROMPTS, 6, 16, temperature)
-        scored = completion_logprobs(model, rollout, temperature)
-        close(rollout.logprobs, scored, 1e-4)
-        close(scored, naive_logprobs(model, rollout, temperature), 2e-5)
-        lengths |= set(rollout.completion_mask.sum(1).tolist())
-    assert len(lengths) >= 8 and rollout.logprobs.std() > 0.3  # else this would prove little
-
-
-def test_gradients_equal_naive(every, monkeypatch):
-    """Also through a prompt that rows share, and where the head sees three tokens at a time."""
-    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 1000)
-    model, tokenizer = every
-    rollout = sample(model, tokenizer, PROMPTS, 2, 8)
-    weight = torch.randn(rollout.completion_mask.shape)
-    ours = gradient(model, (completion_logprobs(model, rollout, 0.8) * weight).sum())
-    naive = gradient(model, (naive_logprobs(model, rollout, 0.8) * weight).sum())
-    assert (ours - naive).norm() < 1e-5 * naive.norm()
-    wrong = gradient(model, (naive_logprobs(model, rollout) * weight).sum())
-    assert (wrong - naive).norm() > 1e-2 * naive.norm()
-
-
-def test_the_head_is_applied_alone_unless_the_model_changes_its_logits(every):
-    head = common.body_and_head(every[0])[1]
-    changed = every[0].config.model_type in CHANGED_LOGITS
-    assert (head is every[0].get_output_embeddings()) == (not changed)
-
-
-def test_a_cap_is_noticed_while_the_logits_are_small():
-    model = make_model("gemma2", initializer_range=0.02, head_dim=8).eval()
-    assert common.body_and_head(model)[1] is not model.lm_head
-
-
 # ---- sampling ----
 
 
@@ -181,7 +95,6 @@ def test_masks_come_from_the_sampler_not_from_the_values_of_tokens(small):
     assert a.texts == b.texts and not a.truncated.all()
     assert torch.equal(a.completion_mask, b.completion_mask)
     assert a.prompt_mask.sum(1)[-1] == 5
-    close(a.logprobs, naive_logprobs(model, a), 1e-4)
     close(b.logprobs, naive_logprobs(model, b), 1e-4)
 
 
@@ -342,3 +255,86 @@ def test_micro_batches_hold_every_row_once_within_the_budget(small, block):
         shortest = lengths[b].view(-1, block).amax(1).min()
         assert (len(a) + block) * shortest > 300 and lengths[a].max() <= shortest
     assert len(common.micro_batches(rollout, 1, block)) == 64 // block
+
+
+# ---- every family ----
+
+OTHERS = {  # model type: what its config needs; a window of 8 is shorter than a prompt
+    "bloom": {}, "falcon": {}, "gpt_neox": {}, "gptj": {"rotary_dim": 4}, "olmo2": {}, "phi3": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "qwen3": {}, "smollm3": {}, "stablelm": {},
+    "gemma2": {"final_logit_softcapping": 50.0, "sliding_window": 8, "head_dim": 8},
+    "gemma3_text": {"sliding_window": 8, "head_dim": 8}, "mistral": {"sliding_window": 8},
+    "granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.5},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "sliding_window": 8},
+    "deepseek_v3": {
+        "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}  # fmt: skip
+CHANGED_LOGITS = {"gemma2", "granite", "cohere"}  # their logits are not head(states) alone
+
+
+@pytest.fixture(params=[*FAMILIES, *OTHERS])
+def every(request, model_dirs, tmp_path):
+    """(model, tokenizer) of every family; 31 ids end a row, so that most rows end early."""
+    directory = model_dirs.get(request.param, tmp_path)
+    if request.param in OTHERS:
+        torch.manual_seed(1)
+        make_model(request.param, **OTHERS[request.param]).save_pretrained(directory)
+        tiny_tokenizer().save_pretrained(directory)
+    model, tokenizer = common.load_model(directory, "cpu")
+    model.generation_config.eos_token_id = [256, *range(100, 130)]
+    return model, tokenizer
+
+
+def test_greedy_equals_generate(every):
+    """At temperature 0 the tokens are those of transformers' generate, the log-probs those at 1."""
+    model, tokenizer = every
+    ours = sample(model, tokenizer, PROMPTS, 2, 16, temperature=0)
+    for row in range(8):
+        prompt = tokenizer(PROMPTS[row // 2], return_tensors="pt").input_ids
+        theirs = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False,
+            eos_token_id=common.stop_token_ids(model, tokenizer), pad_token_id=0,
+        )[0, prompt.shape[1] :]  # fmt: skip
+        assert ours.completion_ids[row][ours.completion_mask[row]].tolist() == theirs.tolist()
+    close(ours.logprobs, naive_logprobs(model, ours), 1e-4)
+
+
+def test_sampled_scored_and_naive_logprobs_agree(every):
+    """Log-probs when sampled, when scored, and row by row without padding are the same."""
+    model, tokenizer = every
+    lengths = set()
+    for temperature in (0.7, 1.3):
+        rollout = sample(model, tokenizer, PROMPTS, 6, 16, temperature)
+        scored = completion_logprobs(model, rollout, temperature)
+        close(rollout.logprobs, scored, 1e-4)
+        close(scored, naive_logprobs(model, rollout, temperature), 2e-5)
+        lengths |= set(rollout.completion_mask.sum(1).tolist())
+    assert len(lengths) >= 8 and rollout.logprobs.std() > 0.3  # else this would prove little
+
+
+def test_gradients_equal_naive(every, monkeypatch):
+    """Also through a prompt that rows share, and where the head sees three tokens at a time."""
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 1000)
+    model, tokenizer = every
+    rollout = sample(model, tokenizer, PROMPTS, 2, 8)
+    weight = torch.randn(rollout.completion_mask.shape)
+    ours = gradient(model, (completion_logprobs(model, rollout, 0.8) * weight).sum())
+    naive = gradient(model, (naive_logprobs(model, rollout, 0.8) * weight).sum())
+    assert (ours - naive).norm() < 1e-5 * naive.norm()
+
+
+def test_the_head_is_applied_alone_unless_the_model_changes_its_logits(every):
+    head = common.body_and_head(every[0])[1]
+    changed = every[0].config.model_type in CHANGED_LOGITS
+    assert (head is every[0].get_output_embeddings()) == (not changed)
+
+
+def test_a_cap_is_noticed_while_the_logits_are_small():
+    model = make_model("gemma2", initializer_range=0.02, head_dim=8).eval()
+    assert common.body_and_head(model)[1] is not model.lm_head
