@@ -45,6 +45,7 @@ from common import (
     mean_and_error,
     micro_batches,
     rollout_metrics,
+    rollout_samples,
     sample,
 )
 from run import (
@@ -215,7 +216,7 @@ def train(args: argparse.Namespace) -> Run:
     B, G = args.prompts, args.completions if args.online else len(data[0].completions)
     for step in run.steps(args.steps):
         # 1. The batch: B prompts with G completions each, from the data or from the policy.
-        metrics = {}
+        metrics, samples = {}, []
         if args.online:
             problems = run.next_problems(B)
             prompts = get_prompts(task, problems)
@@ -224,6 +225,7 @@ def train(args: argparse.Namespace) -> Run:
             ref_logprobs = frozen_logprobs(ref_model, batch, args.micro_batch_tokens)
             ref_logprobs = ref_logprobs.sum(1).view(B, G)
             metrics = rollout_metrics(batch, rewards)
+            samples = rollout_samples(prompts, batch, rewards)
         else:
             chosen = [data[i] for i in shuffled_passes((step - 1) * B, B, n, args.seed)]
             batch = encode(model, tokenizer, chosen)  # B * G rows
@@ -252,7 +254,7 @@ def train(args: argparse.Namespace) -> Run:
 
         # 3. Log, evaluate, save.
         metrics |= {"loss": loss, "grad_norm": grad_norm, "lr": lr, "top1_agreement": agreement / B}
-        run.log(step, metrics)
+        run.log(step, metrics, samples)
         if step % args.eval_every == 0 or step == args.steps:
             run.log(step, *evaluate(model, ref_model, tokenizer, reward_model, test_task, args))
         if step % args.save_every == 0 or step == args.steps or run.stopping:

@@ -15,8 +15,10 @@ import bandit_toy
 import common
 import copg
 from copg import bradley_terry_loss, copg_loss, dpo_loss, ipo_loss, policy_loss
-from tasks import Posts, UserError, tiny
+from tasks import Posts, UserError, get_prompts, tiny
+from tasks.pairs import HeldOutPrompts, Record, read_records, write_records
 from tasks.posts import PREFERENCES
+from tasks.prompts import end_of_answer
 from tasks.tiny import tiny_tokenizer
 
 # ---- the losses ----
@@ -193,14 +195,14 @@ def test_the_two_codings_that_look_right_do_not():
 
 
 def test_micro_batches_keep_prompts_together():
-    """With together=3 the three completions of a prompt stay in one micro-batch."""
+    """With block=3 the three completions of a prompt stay in one micro-batch."""
+    mask = torch.arange(9) < torch.randint(1, 9, (12, 1))
+    prompts = torch.ones(12, 3)
     rollout = common.Rollout(
-        torch.ones(12, 3), torch.ones(12, 3), torch.ones(12, 9),
-        torch.arange(9) < torch.randint(1, 9, (12, 1)), torch.zeros(12, 9), torch.zeros(12),
-        [""] * 12,
-    )  # fmt: skip
+        prompts, prompts, torch.ones(12, 9), mask, torch.zeros(12, 9), torch.zeros(12), [""] * 12
+    )
     for max_tokens in (1, 40, 80, 10**4):
-        batches = common.micro_batches(rollout, max_tokens, together=3)
+        batches = common.micro_batches(rollout, max_tokens, block=3)
         assert sorted(torch.cat(batches).tolist()) == list(range(12))
         for batch in batches:
             groups = (batch[::3] // 3).tolist()
@@ -211,29 +213,45 @@ def test_micro_batches_keep_prompts_together():
 
 def test_records_shuffle_every_epoch():
     n = 10
-    numbers = [i for step in range(5) for i in copg.records(step * 4, 4, n, seed=1)]
+    numbers = [i for step in range(5) for i in copg.shuffled_passes(step * 4, 4, n, seed=1)]
     assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
     assert numbers[:10] != numbers[10:]
-    assert numbers[:4] != copg.records(0, 4, n, seed=2)
+    assert numbers[:4] != copg.shuffled_passes(0, 4, n, seed=2)
 
 
-def test_log_ratios_count_completion_tokens_only(small):
-    """ln pi of a completion by brute force: the whole text's log-prob less the prompt's."""
+def with_bos(tokenizer):
+    """The tokenizer, which from now on writes a BOS before every text."""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", 257)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_log_ratios_count_completion_tokens_only(small, bos):
+    """ln pi of a completion by brute force: the whole text's log-prob less the prompt's. A prompt
+    has the tokenizer's BOS, a completion has none."""
     model, tokenizer = small
-    data = copg.Data(["12+5=", "a longer prompt: "], [["17", "3"], ["no", "yes!"]])
+    eos, start = tokenizer.eos_token_id, [257] if bos else []
+    prompts, texts = ["12+5=", "a longer prompt: "], [["17", "3"], ["no", "yes!"]]
+    ids_of = {text: tokenizer(text).input_ids for text in [*prompts, *texts[0], *texts[1]]}
+    if bos:
+        with_bos(tokenizer)
+    ends = [[eos, 7], [-1, eos]]  # another stop token; one that was truncated
+    records = [
+        Record(p, t, rewards=[1, 0], ends=e) for p, t, e in zip(prompts, texts, ends, strict=True)
+    ]
     args = copg.parse_args(["--model", "x"])
-    eos = tokenizer.eos_token_id
-    data.ends = torch.tensor([[eos, 7], [-1, eos]])  # another stop token; one that was cut
-    ours = copg.reference_logprobs(model, tokenizer, data, args)
-    for i, prompt in enumerate(data.prompts):
-        for k, completion in enumerate(data.completions[i]):
-            start, end = tokenizer(prompt).input_ids, tokenizer(completion).input_ids
-            end += [i for i in [data.ends[i, k].item()] if i >= 0]
-            ids = torch.tensor([start + end])
+    copg.score_records(records, model, tokenizer, None, args)
+    for record in records:
+        for k, completion in enumerate(record.completions):
+            end = [*ids_of[completion], *([record.ends[k]] if record.ends[k] >= 0 else [])]
+            ids = torch.tensor([[*start, *ids_of[record.prompt], *end]])
             with torch.no_grad():
                 logprobs = model(ids).logits.log_softmax(-1)[0]
-            total = sum(logprobs[t - 1, ids[0, t]] for t in range(len(start), ids.shape[1]))
-            assert ours[i, k].item() == pytest.approx(total.item(), abs=1e-4)
+            first = ids.shape[1] - len(end)
+            total = sum(logprobs[t - 1, ids[0, t]] for t in range(first, ids.shape[1]))
+            assert record.ref_logprobs[k] == pytest.approx(total.item(), abs=1e-4)
 
 
 def test_default_betas():
@@ -257,18 +275,14 @@ def stage(monkeypatch, tmp_path):
     def evaluate(model, ref_model, tokenizer, reward_model, task, args):
         assert (model, ref_model) == tuple(stage.models)
         judged = args.reward_model != "task" or args.task == "posts"
-        assert reward_model == (("judge", "its tokenizer") if judged else None)
+        assert isinstance(reward_model, Judge) == judged
         stage.evaluations.append((model, tokenizer, task.split, args))
         stage.test_task = task
-        return {"reward": 0.5, "reward_stderr": 0.1, "kl": 2.0}, [{"prompt": "p", "utility": 3}]
-
-    def load_reward_model(name, device):
-        assert (name, device) == ("rm", stage.args.device)
-        return "judge", "its tokenizer"
+        metrics = {"eval_reward": 0.5, "eval_reward_stderr": 0.1, "eval_kl": 2.0}
+        return metrics, [{"prompt": "p", "utility": 3}]
 
     monkeypatch.setattr(copg, "evaluate", evaluate)
-    monkeypatch.setattr(copg, "load_reward_model", load_reward_model)
-    monkeypatch.setattr(copg, "frozen_scores", frozen_scores)
+    monkeypatch.setattr(copg, "RewardModel", Judge)
     return stage
 
 
@@ -276,9 +290,12 @@ def judged(prompt, text):
     return (sum(map(ord, text)) % 50 - sum(map(ord, prompt)) % 9) / 10
 
 
-def frozen_scores(model, tokenizer, prompts, texts):
-    assert (model, tokenizer) == ("judge", "its tokenizer")
-    return torch.tensor([judged(*pair) for pair in zip(prompts, texts, strict=True)])
+class Judge:
+    def __init__(self, name, device):
+        assert (name, device) == ("rm", "cpu")
+
+    def rewards(self, prompts, texts):
+        return torch.tensor([judged(*pair) for pair in zip(prompts, texts, strict=True)])
 
 
 def write(path, *records):
@@ -337,7 +354,12 @@ def check(stage, run, rows, groups_of, rates):
     stage.check_evaluations(rows, ["eval_reward", "eval_reward_stderr", "eval_kl"])
     assert sum(training for _, training, *_ in stage.scored) > len(rates)  # micro-batches
     for i, row in enumerate(rows[1:]):
-        expected = {"loss": losses[i], "grad_norm": norms[i], "ranked": ranked[i], "lr": rates[i]}
+        expected = {
+            "loss": losses[i],
+            "grad_norm": norms[i],
+            "top1_agreement": ranked[i],
+            "lr": rates[i],
+        }
         for column, value in expected.items():
             assert row[column] == pytest.approx(value, rel=1e-4), column
 
@@ -375,7 +397,7 @@ def test_everything_that_train_hands_on_offline(stage, tmp_path, K, flags):
         assert stage.tasks == [("add", "train"), ("add", "test")] and policy[2].split == "train"
     else:  # the held-out prompts are the test
         assert policy[2] is None and stage.test_task.prompts == held_out
-        assert common.get_prompts(stage.test_task, [2, 0]) == [held_out[2], held_out[0]]
+        assert get_prompts(stage.test_task, [2, 0]) == [held_out[2], held_out[0]]
 
     groups = []
     for i, record in enumerate(records):
@@ -385,7 +407,7 @@ def test_everything_that_train_hands_on_offline(stage, tmp_path, K, flags):
             rewards = [judged(record["prompt"], text) for text in completions]
         if i % 10:
             groups.append(given(stage, record["prompt"], completions, rewards))
-    orders = [copg.records(8 * i, 8, 20, seed=4) for i in range(13)]  # ceil(5 * 20 / 8)
+    orders = [copg.shuffled_passes(8 * i, 8, 20, seed=4) for i in range(13)]  # ceil(5 * 20 / 8)
     if args.schedule == "cosine":
         rates = [0.01, *(0.01 + 0.01 * math.cos(math.pi * i / 11) for i in range(12))]
     else:  # a tenth of 13 steps, rounded up, to warm up
@@ -394,17 +416,20 @@ def test_everything_that_train_hands_on_offline(stage, tmp_path, K, flags):
     assert [sample["step"] for sample in samples] == [0, 2, 4, 6, 8, 10, 12, 13]
     assert not {"reward_mean", "entropy", "tokens_per_second"} & rows[-1].keys()
 
-    # What is kept is what was trained on, and can be trained on again.
-    data = copg.read_data(run.dir / "data.jsonl")
-    assert data.prompts == [r["prompt"] for i, r in enumerate(records) if i % 10]
-    assert data.completions == [[row.text for row in group] for group in groups]
-    assert data.rewards.tolist() == torch.tensor([[r.reward for r in g] for g in groups]).tolist()
+    # What is kept is what was trained on, and can be trained on again, with the same test.
+    kept = read_records(run.dir / "data.jsonl")
+    assert [record.prompt for record in kept] == [record["prompt"] for record in records]
+    assert [record.held_out for record in kept] == [i % 10 == 0 for i in range(23)]
+    kept = [record for record in kept if not record.held_out]
+    assert [record.completions for record in kept] == [[r.text for r in g] for g in groups]
+    rewards = torch.tensor([record.rewards for record in kept])
+    assert rewards.tolist() == torch.tensor([[r.reward for r in g] for g in groups]).tolist()
     ref = [[row.logprobs(stage.models[1].theta).sum() for row in group] for group in groups]
-    torch.testing.assert_close(data.ref_logprobs, torch.tensor(ref), atol=1e-4, rtol=0)
+    ref_logprobs = torch.tensor([record.ref_logprobs for record in kept])
+    torch.testing.assert_close(ref_logprobs, torch.tensor(ref), atol=1e-4, rtol=0)
     stage.out = tmp_path / "again"
     again, _, _ = stage.train(copg, *FLAGS, "--data", run.dir / "data.jsonl", "--steps", 1)
-    assert torch.equal(copg.read_data(again.dir / "data.jsonl").rewards, data.rewards[sorted(
-        {*range(20)} - {0, 10})])  # fmt: skip
+    assert (again.dir / "data.jsonl").read_text() == (run.dir / "data.jsonl").read_text()
 
 
 @pytest.mark.parametrize("K, flags", [(2, []), (3, ["--reward-model", "rm", "--loss", "ipo"])])
@@ -435,7 +460,7 @@ def test_data_is_collected_from_the_task(stage, capsys):
     ]
     for call in calls:
         assert (call["group_size"], call["T"], call["temperature"], call["seed"]) == (3, 5, 1.0, 4)
-    groups, kept = [], copg.read_data(run.dir / "data.jsonl").ends.tolist()
+    groups, kept = [], [record.ends for record in read_records(run.dir / "data.jsonl")]
     for call in calls:
         cut = iter(call["truncated"])
         for prompt, group in zip(call["prompts"], call["groups"], strict=True):
@@ -446,7 +471,7 @@ def test_data_is_collected_from_the_task(stage, capsys):
     cut = [x for call in calls for x in call["truncated"]]
     said = f"sampled data: {sum(cut) / len(cut):.3f} of the completions end at --max-new-tokens"
     assert 0.2 < sum(cut) / len(cut) < 0.6 and said in capsys.readouterr().out
-    orders = [copg.records(16 * i, 16, 70, seed=4) for i in range(5)]
+    orders = [copg.shuffled_passes(16 * i, 16, 70, seed=4) for i in range(5)]
     steps = [[groups[i] for i in order] for order in orders]
     check(stage, run, rows, steps, [0.02] * 5)
 
@@ -461,10 +486,10 @@ def test_a_resumed_run_keeps_its_data_order_and_reference(stage, tmp_path):
     assert [row["lr"] for row in metrics(run)[1:]] == [0.02] * 41
     assert [load[0] for load in stage.loads] == [str(run.checkpoint), "m"]
     assert (run.dir / "data.jsonl").read_text() == kept
-    data, theta = copg.read_data(run.dir / "data.jsonl"), stage.updates[0]["theta"]
-    groups = [given(stage, *record) for record in zip(
-        data.prompts, data.completions, data.rewards.tolist(), strict=True)]  # fmt: skip
-    groups = [groups[i] for i in copg.records(12, 4, 10, seed=4)]
+    kept, theta = read_records(run.dir / "data.jsonl"), stage.updates[0]["theta"]
+    kept = [record for record in kept if not record.held_out]
+    groups = [given(stage, r.prompt, r.completions, r.rewards) for r in kept]
+    groups = [groups[i] for i in copg.shuffled_passes(12, 4, 10, seed=4)]
     assert sorted(stage.updates[0]["rows"]) == sorted(row.text for rows in groups for row in rows)
     loss, _ = loss_by_loops("copg", groups, theta, Bigrams(1).theta.double(), 0.2)
     assert metrics(run)[4]["loss"] == pytest.approx(loss.item(), rel=1e-4)
@@ -473,42 +498,44 @@ def test_a_resumed_run_keeps_its_data_order_and_reference(stage, tmp_path):
 def test_posts_are_compared_as_preferred(stage, monkeypatch):
     """The preferred completion comes first; the rewards are the learned reward model's, or, with
     --reward-model task, the hidden utility."""
-    monkeypatch.setattr(common, "make_task", lambda name, split="train": Posts(split))
+    monkeypatch.setattr(copg, "make_task", lambda name, split="train": Posts(split))
     monkeypatch.setattr(copg, "learned_reward_model", lambda: "rm")
     flags = [*FLAGS, "--pairs", 9, "--prompts", 4, "--steps", 1]
     run, _, _ = stage.train(copg, *flags)
-    data = copg.read_data(run.dir / "data.jsonl")
-    pairs = list(zip(data.prompts, data.completions, strict=True))
+    records = read_records(run.dir / "data.jsonl")
+    pairs = [(record.prompt, record.completions) for record in records]
     assert pairs == [Posts().preference(i) for i in range(9)]
-    rewards = torch.tensor([[judged(prompt, text) for text in texts] for prompt, texts in pairs])
-    assert torch.equal(data.rewards, rewards)
-    stage.patch.setattr(copg, "evaluate", lambda *args: ({"reward": 0.0}, []))
+    rewards = [[judged(prompt, text) for text in texts] for prompt, texts in pairs]
+    assert [r.rewards for r in records] == [pytest.approx(row, abs=1e-6) for row in rewards]
+    stage.patch.setattr(copg, "evaluate", lambda *args: ({"eval_reward": 0.0}, []))
     stage.out = f"{stage.out}-2"
     run, _, _ = stage.train(copg, *flags, "--reward-model", "task")
-    data, posts = copg.read_data(run.dir / "data.jsonl"), Posts()
+    records, posts = read_records(run.dir / "data.jsonl"), Posts()
     for i, (_, texts) in enumerate(pairs):
         answer = posts.problem(PREFERENCES + i)[1]
         utilities = [posts.reward(text, answer) for text in texts]
-        assert data.rewards[i].tolist() == pytest.approx(utilities, abs=1e-6)
-    assert (data.rewards[:, 0] > data.rewards[:, 1]).double().mean() > 0.5  # the preferred one
+        assert records[i].rewards == pytest.approx(utilities, abs=1e-6)
+    assert mean(r.rewards[0] > r.rewards[1] for r in records) > 0.5  # the preferred one
 
 
 # ---- evaluation ----
 
 
-@pytest.mark.parametrize("judge", [None, ("judge", "its tokenizer")])
-@pytest.mark.parametrize("task", [Numbered("test"), copg.Prompts([f"test {i}" for i in range(99)])])
+HELD_OUT = HeldOutPrompts([Record(f"test {i}", [], held_out=True) for i in range(99)])
+
+
+@pytest.mark.parametrize("judge", [None, Judge("rm", "cpu")])
+@pytest.mark.parametrize("task", [Numbered("test"), HELD_OUT])
 def test_evaluate(monkeypatch, tmp_path, judge, task):
     stage = Stage(monkeypatch, tmp_path)
-    monkeypatch.setattr(copg, "frozen_scores", frozen_scores)
     args = copg.parse_args(["--model", "m", "--eval-samples", "2", "--eval-problems", "130"])
     args.eval_first = 30
     args.max_new_tokens = 6
     policy, ref = stage.load_model()[0], stage.load_model()[0]
     state = torch.get_rng_state()
-    figures, samples = copg.evaluate(policy, ref, stage.tokenizer, judge, task, args)
+    found, samples = copg.evaluate(policy, ref, stage.tokenizer, judge, task, args)
     assert torch.equal(torch.get_rng_state(), state)
-    end = 99 if isinstance(task, copg.Prompts) else 160
+    end = 99 if isinstance(task, HeldOutPrompts) else 160
     batches = [list(range(i, min(i + 64, end))) for i in range(30, end, 64)]
     assert [c["prompts"] for c in stage.samples] == [[f"test {i}" for i in b] for b in batches]
     for call in stage.samples:
@@ -533,13 +560,13 @@ def test_evaluate(monkeypatch, tmp_path, judge, task):
     assert samples == shown[:8]
     for name, numbers in expected.items():
         if numbers:
-            assert figures.pop(name) == pytest.approx(mean(numbers), rel=1e-4)
+            assert found.pop(f"eval_{name}") == pytest.approx(mean(numbers), rel=1e-4)
             error = stdev(numbers) / math.sqrt(end - 30)  # over prompts
-            assert figures.pop(f"{name}_stderr") == pytest.approx(error, rel=1e-4)
-    assert not figures
+            assert found.pop(f"eval_{name}_stderr") == pytest.approx(error, rel=1e-4)
+    assert not found
     torch.manual_seed(5)
     again, _ = copg.evaluate(policy, ref, stage.tokenizer, judge, task, args)
-    assert again["length"] == pytest.approx(mean(expected["length"]))
+    assert again["eval_length"] == pytest.approx(mean(expected["length"]))
 
 
 # ---- the reward model ----
@@ -566,7 +593,8 @@ def classifier(tmp_path):
 
 
 def test_scores_are_read_at_the_end_and_do_not_depend_on_the_others(classifier):
-    model, tokenizer = copg.load_reward_model(classifier(), "cpu")
+    judge = copg.RewardModel(classifier(), "cpu")
+    model, tokenizer = judge.model, judge.tokenizer
     prompts = ["a", "a longer prompt, much longer", "b", *"cdefg" * 20]
     texts = ["yes, it is so", "no", "", *"hijkl" * 20]
     expected = []
@@ -575,7 +603,7 @@ def test_scores_are_read_at_the_end_and_do_not_depend_on_the_others(classifier):
         with torch.no_grad():
             hidden = model.model(ids).last_hidden_state[0, -1]
             expected.append(model.score(hidden).item())
-    together = copg.frozen_scores(model, tokenizer, prompts, texts)
+    together = judge.rewards(prompts, texts)
     torch.testing.assert_close(together, torch.tensor(expected), atol=1e-5, rtol=0)
     assert together.std() > 1e-2
 
@@ -587,10 +615,11 @@ def test_scores_with_another_padding(classifier, pad):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
     tokenizer.save_pretrained(directory)
-    model, tokenizer = copg.load_reward_model(directory, "cpu")
+    judge = copg.RewardModel(directory, "cpu")
+    model, tokenizer = judge.model, judge.tokenizer
     prompts, texts = ["a", "a much longer prompt"], ["yes, it is so", "no"]
     with torch.no_grad():
-        together = copg.score(model, tokenizer, prompts, texts)
+        together = judge.score(prompts, texts)
         for i in range(2):
             ids = [*tokenizer(prompts[i]).input_ids, *tokenizer(texts[i]).input_ids]
             ids += [256] if pad == 0 else []
@@ -599,17 +628,28 @@ def test_scores_with_another_padding(classifier, pad):
 
 
 def test_scores_use_the_chat_template(classifier):
-    model, tokenizer = copg.load_reward_model(classifier(), "cpu")
-    plain = copg.score(model, tokenizer, ["<u>hi<a>"], ["yes"])
+    judge = copg.RewardModel(classifier(), "cpu")
+    tokenizer = judge.tokenizer
+    plain = judge.score(["<u>hi<a>"], ["yes"])
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}?{% endif %}<|endoftext|>"
     )
-    torch.testing.assert_close(copg.score(model, tokenizer, ["hi"], ["yes"]), plain)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|pad|> $A", special_tokens=[("<|pad|>", 257)]
-    )  # a BOS for every text: under a template it would be a second one
-    torch.testing.assert_close(copg.score(model, tokenizer, ["hi"], ["yes"]), plain)
+    torch.testing.assert_close(judge.score(["hi"], ["yes"]), plain)
+    with_bos(tokenizer)  # under a template it would be a second one
+    torch.testing.assert_close(judge.score(["hi"], ["yes"]), plain)
+
+
+def test_scores_read_the_bos_of_a_prompt(classifier):
+    """Without a template, a prompt begins with the tokenizer's BOS, and a completion does not."""
+    judge = copg.RewardModel(classifier(), "cpu")
+    ids = [257, *judge.tokenizer("hi").input_ids, *judge.tokenizer("yes").input_ids, 256]
+    with_bos(judge.tokenizer)
+    with torch.no_grad():
+        hidden = judge.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        expected = judge.model.score(hidden).item()
+        judge.model.config.pad_token_id = 255  # the BOS is no padding
+        assert judge.score(["hi"], ["yes"]).item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -618,8 +658,8 @@ def test_scores_use_the_chat_template(classifier):
         ({"kind": LlamaForCausalLM}, "one label: its score.weight is missing"),
         ({"num_labels": 2}, "one label: its score.weight is missing, or is for another number"),
         ({"tokenizer": False}, "tokenizer"),
-        ({"vocab_size": 100, "pad_token_id": None}, "'1' the token 256 of a vocabulary of 100"),
-        ({"max_position_embeddings": 9}, "'1.1.1' has 10 tokens, .* context of 9"),
+        ({"vocab_size": 100, "pad_token_id": None}, "'1' gives token 256 in a vocabulary of 100"),
+        ({"max_position_embeddings": 9}, "'0.1.1' has 10 tokens, .* context of 9"),
         ({"broken": True}, "NaN"),
     ],
 )
@@ -629,7 +669,7 @@ def test_bad_reward_models(classifier, tmp_path, model_dirs, wrong, message):
     flags = ["--model", model_dirs["qwen2"], "--data", path, "--reward-model", rm, "--out", out]
     with pytest.raises(UserError, match=message) as error:
         copg.train(copg.parse_args([str(flag) for flag in flags]))
-    assert len(str(error.value).splitlines()) == 1 and not list(out.iterdir())
+    assert len(str(error.value).splitlines()) == 1 and [p.name for p in out.iterdir()] == ["lock"]
 
 
 def test_the_learned_reward_model(monkeypatch, capsys):
@@ -637,16 +677,14 @@ def test_the_learned_reward_model(monkeypatch, capsys):
     little = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     monkeypatch.setattr(tiny, "TINY", tiny.TINY | little)
     monkeypatch.setattr(tiny, "WARM_START", tiny.WARM_START | {"steps": 2})
-    monkeypatch.setattr(copg, "REWARD_MODEL", copg.REWARD_MODEL | {"pairs": 640, "lr": 1e-2})
+    monkeypatch.setattr(copg, "RECIPE", copg.RECIPE | {"pairs": 640, "lr": 1e-2})
     path = copg.learned_reward_model()
     out = capsys.readouterr().out
     assert copg.learned_reward_model() == path  # the second time from the cache
     said = [float(word) for word in out.split() if word.startswith("0.")]
     prompts, texts = zip(*map(Posts("test").preference, range(1000)), strict=True)
-    model, tokenizer = copg.load_reward_model(path, "cpu")
-    chosen, rejected = (
-        copg.frozen_scores(model, tokenizer, prompts, [text[k] for text in texts]) for k in (0, 1)
-    )
+    judge = copg.RewardModel(path, "cpu")
+    chosen, rejected = (judge.rewards(prompts, [text[k] for text in texts]) for k in (0, 1))
     agree = (chosen > rejected).double().mean().item()
     assert agree > 0.6 and said == pytest.approx([0.73, agree], abs=0.02)
     assert said[1] == pytest.approx(agree, abs=0.002)
@@ -669,16 +707,25 @@ def test_the_learned_reward_model(monkeypatch, capsys):
         ('{"prompt": "a", "completions": ["b", 3]}', "line 1: a completion is not a text"),
         ('{"prompt": "a", "chosen": "b"}', "line 1: a completion is not a text"),
         ('{"prompt": "a", "completions": ["b", "\\ud800"]}', "line 1: not a JSON object"),
-        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1]}', "finite number"),
+        (
+            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1]}',
+            "a number for each completion",
+        ),
         ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1, NaN]}', "finite number"),
         ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 1e39]}', "finite number"),
-        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1, true]}', "finite number"),
-        ('{"prompt": "a", "completions": ["b", "c"], "rewards": 7}', "finite number"),
+        (
+            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1, true]}',
+            "a number for each completion",
+        ),
+        (
+            '{"prompt": "a", "completions": ["b", "c"], "rewards": 7}',
+            "a number for each completion",
+        ),
         ('{"prompt": "a", "completions": ["b", "c"]}', "no rewards in it"),
         (
             '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n'
             '{"prompt": "a", "completions": ["b", "c", "d"], "rewards": [1, 2, 3]}',
-            "line 3: needs 2 completions, as above it",
+            "line 3: needs 2 completions, like the first line",
         ),
         (
             '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
@@ -697,7 +744,7 @@ def test_bad_files(stage, tmp_path, lines, message):
     path.write_text(lines + "\n")
     with pytest.raises(UserError, match=message):
         stage.train(copg, "--data", path)
-    assert not list(stage.out.iterdir())
+    assert [path.name for path in stage.out.iterdir()] == ["lock"]
 
 
 def test_too_long_a_completion_is_named(tmp_path, model_dirs):
@@ -705,53 +752,48 @@ def test_too_long_a_completion_is_named(tmp_path, model_dirs):
     records[3]["completions"][1] = "x" * 300
     path, out = write(tmp_path / "data.jsonl", *records), tmp_path / "run"
     flags = ["--model", model_dirs["qwen2"], "--data", path, "--out", out]
-    with pytest.raises(UserError, match=r"data.jsonl, line 2, or below: 'xxx.* context of 256"):
+    with pytest.raises(UserError, match=r"data.jsonl, line 1, or below: 'xxx.* context of 256"):
         copg.train(copg.parse_args([str(flag) for flag in flags]))
-    assert not list(out.iterdir())
+    assert [path.name for path in out.iterdir()] == ["lock"]
 
 
-def test_data_is_kept_bit_for_bit(tmp_path):
+def test_records_are_kept_bit_for_bit(tmp_path):
     """Any text, the empty one too, and any float32."""
-    data = copg.Data(["a", '\u2028\n"é'], [["", " b\r\n"], ["\U0001f600", "c"]])
-    data.rewards = torch.tensor([[0.1, -1e-38], [3e38, 1 / 3]])
-    data.ref_logprobs, data.ends = -100 * torch.rand(2, 2), torch.tensor([[256, -1], [7, 256]])
-    data.save(tmp_path / "data.jsonl")
-    read = copg.read_data(tmp_path / "data.jsonl")
-    assert (read.prompts, read.completions) == (data.prompts, data.completions)
-    assert torch.equal(read.rewards, data.rewards)
-    assert torch.equal(read.ref_logprobs, data.ref_logprobs)
-    assert torch.equal(read.ends, data.ends)
+    records = [
+        Record("a", ["", " b\r\n"], [0.1, -1e-38], [256, -1], [-3.25, -1 / 3]),
+        Record('\u2028\n"é', ["\U0001f600", "c"], [3e38, 1 / 3], [7, 256], [0.0, -1e-7], True),
+    ]
+    write_records(tmp_path / "data.jsonl", records)
+    read = read_records(tmp_path / "data.jsonl")
+    for a, b in zip(read, records, strict=True):
+        assert vars(a) | {"where": ""} == vars(b)
 
 
 def test_a_given_completion_ends_as_the_chat_template_ends_an_answer(small):
-    """Gemma's turns end with a stop token that is not the tokenizer's EOS."""
-    model, tokenizer = small
-    turns = "{% for m in messages %}{{ m.content }}#{% endfor %}@"
-    (stop,) = tokenizer("#", add_special_tokens=False).input_ids
-    expected = [(None, [256, stop], 256), (turns, [256, stop], stop), (turns, 256, 256)]
-    for template, stops, end in expected:
-        tokenizer.chat_template, model.generation_config.eos_token_id = template, stops
-        rollout = copg.encode(model, tokenizer, ["1", "2"], ["3", "45"])
-        tokens = [*tokenizer("45", add_special_tokens=False).input_ids, end]
-        assert rollout.completion_ids[1].tolist() == tokens
-        assert rollout.completion_mask.sum(1).tolist() == [2, 3] and not rollout.truncated.any()
+    """Gemma's turns end with a token that is not the tokenizer's EOS."""
+    _, tokenizer = small
+    assert end_of_answer(tokenizer) == 256
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    (turn,) = tokenizer("<|turn|>", add_special_tokens=False).input_ids
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|turn|>@{% endfor %}"
+    assert end_of_answer(tokenizer) == turn != 256
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}#{% endfor %}"
+    assert end_of_answer(tokenizer) == 256  # nothing special
 
 
-def test_a_single_record_is_trained_on_and_held_out():
-    rest, held_out = copg.Data(["a"], [["b", "c"]], where=["x"]).split()
-    assert rest.prompts == held_out == ["a"]
+def test_a_single_record_is_trained_on_and_held_out(stage, tmp_path):
+    path = write(tmp_path / "data.jsonl", *scored(1, 2))
+    stage.train(copg, *FLAGS, "--data", path, "--prompts", 1, "--steps", 1)
+    assert stage.test_task.prompts == ["0+0="] and len(stage.updates) == 1
 
 
-def test_no_prompt_is_trained_on_and_held_out():
-    prompts = [f"{i // 2 % 12}" for i in range(30)]  # two records of each, the first ones thrice
-    rewards = torch.arange(30.0)[:, None]
-    data = copg.Data(prompts, [["b", "c"]] * 30, rewards, where=prompts)
-    data.ends = torch.arange(30)[:, None]
-    rest, held_out = data.split()
-    assert rest.ends.tolist() == rest.rewards.tolist()
+def test_no_prompt_is_trained_on_and_held_out(tmp_path):
+    """Two records of each of twelve prompts, the first ones thrice."""
+    lines = [{"prompt": f"{i // 2 % 12}", "completions": ["b", "c"]} for i in range(30)]
+    records = read_records(write(tmp_path / "data.jsonl", *lines))
+    held_out = [record.prompt for record in records if record.held_out]
     assert held_out == ["0", "0", "10", "10", "0", "0"]
-    assert rest.prompts == [p for p in prompts if p not in ("0", "10")] == rest.where
-    assert [prompts[int(i)] for i in rest.rewards[:, 0]] == rest.prompts
+    assert not {r.prompt for r in records if not r.held_out} & set(held_out)
 
 
 # ---- with a real model ----

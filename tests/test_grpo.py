@@ -256,7 +256,16 @@ def test_variants():
     assert defining("--variant", "dr_grpo") == ("none", 0.0, "constant", 0.2, 0.2, False)
     assert defining("--variant", "dapo") == ("std", 0.0, "token", 0.2, 0.28, True)
     assert defining("--clip-low", "0.1") == ("std", 0.04, "sequence", 0.1, 0.1, False)
-    given = ["--variant", "dapo", "--clip-high", "0.3", "--scale", "none", "--aggregate", "constant"]
+    given = [
+        "--variant",
+        "dapo",
+        "--clip-high",
+        "0.3",
+        "--scale",
+        "none",
+        "--aggregate",
+        "constant",
+    ]
     assert defining(*given) == ("none", 0.0, "constant", 0.2, 0.3, True)
     assert grpo.parse_args(["--dynamic-sampling", "--max-rounds", "3"]).max_rounds == 3
     rounds = [grpo.parse_args(x).max_rounds for x in ([], ["--variant", "dapo"])]
@@ -363,7 +372,7 @@ def test_everything_that_train_hands_on(stage, monkeypatch, name):
 
     def loss_of_an_update(i, theta):
         """Eq. 3 over the rows of a minibatch, a token at a time."""
-        step, part = parts[i]
+        _, part = parts[i]
         total, tokens = 0.0, sum(len(row.tokens) for row, _ in part)
         for row, A in part:
             if A == 0 and args.kl_beta == 0:
