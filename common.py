@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import gymnasium
 import torch
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.cache_utils import DynamicLayer
 
 from tasks import UserError, get_prompts, get_rewards, held_out, make_task, pictures
-from tasks.prompts import encode_prompts, prompt_text
+from tasks.prompts import encode_prompts, end_of_answer, prompt_text
 from tasks.tiny import tiny_model
 
 # --------------------------------------------------------------------------------------------------
@@ -78,8 +79,9 @@ class Rollout:
             values = [getattr(rollout, name) for rollout in rollouts]
             if isinstance(values[0], list):
                 return [x for value in values for x in value]
-            if name == "group":
-                values = [x + i * 2**32 for i, x in enumerate(values)]  # no group in two rollouts
+            if name == "group":  # no group is in two rollouts
+                starts = [0, *accumulate(int(x.max()) + 1 for x in values)]
+                values = [x + start for x, start in zip(values, starts, strict=False)]
             if values[0].ndim == 2:
                 widest = max(x.shape[1] for x in values)
                 missing = [widest - x.shape[1] for x in values]
@@ -194,11 +196,12 @@ def next_position(position: Tensor) -> Tensor:
 
 
 def stop_token_ids(model, tokenizer) -> list[int]:
-    """The ids that end a completion: every EOS of the generation config, the tokenizer's, and the
-    image token, which must never be sampled."""
+    """The ids that end a completion: every EOS of the generation config, the tokenizer's, what the
+    chat template writes after an answer, and the image token, which must never be sampled."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    ids = [*ids, tokenizer.eos_token_id, getattr(model.config, "image_token_id", None)]
+    ids = [*ids, tokenizer.eos_token_id, end_of_answer(tokenizer)]
+    ids.append(getattr(model.config, "image_token_id", None))
     return sorted({i for i in ids if i is not None})
 
 

@@ -82,9 +82,9 @@ def end_of_answer(tokenizer) -> int | None:
     """The token that ends an answer: what the chat template writes after one, else the EOS."""
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "ANSWER"}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
+        _, answer, rest = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")
         added = tokenizer.added_tokens_decoder
-        for token in tokenizer(text, add_special_tokens=False).input_ids:
+        for token in tokenizer(rest if answer else "", add_special_tokens=False).input_ids:
             if token in added and added[token].special:
                 return token
     return tokenizer.eos_token_id

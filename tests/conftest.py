@@ -11,26 +11,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from helpers import make_model
+from tokenizers.processors import TemplateProcessing
 
 import common
 from tasks.tiny import tiny_tokenizer
 
-VOCAB = 258
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-}  # fmt: skip
+FAMILIES = {  # what each has that the others have not
+    "qwen2": {"tie_word_embeddings": True},
+    "llama": {},  # so many EOS ids that most rows end early, at many different lengths
+    "gpt2": {},  # absolute positions, dropout, no pad token
+    "gemma": {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 264},  # a BOS; unused ids
+}
+EOS_IDS = {"llama": [256, *range(100, 130)], "gemma": [256, 10]}  # else the tokenizer's alone
 
 
 def pytest_configure(config):
@@ -54,44 +47,29 @@ def own_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def make_qwen2():
-    return Qwen2ForCausalLM(Qwen2Config(**SIZES, eos_token_id=256, tie_word_embeddings=True))
-
-
-def make_llama():  # with so many EOS ids that most rows end early, at many different lengths
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, eos_token_id=256, bos_token_id=None))
-    model.generation_config.eos_token_id = [256, *range(100, 130)]
-    return model
-
-
-def make_gpt2():  # absolute positions, dropout in its config, a bias-free tied head, no pad token
-    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-    config = GPT2Config(**sizes, eos_token_id=256, bos_token_id=256, initializer_range=0.3)
-    return GPT2LMHeadModel(config)
-
-
-def make_gemma():  # multi-query attention, and its own list of EOS ids in the generation config
-    sizes = SIZES | {"num_key_value_heads": 1, "head_dim": 16}
-    model = GemmaForCausalLM(GemmaConfig(**sizes, eos_token_id=256, bos_token_id=2, pad_token_id=0))
-    model.generation_config.eos_token_id = [256, 10]
-    return model
-
-
-FAMILIES = {"qwen2": make_qwen2, "llama": make_llama, "gpt2": make_gpt2, "gemma": make_gemma}
+def make_tokenizer(family):
+    tokenizer = tiny_tokenizer()
+    if family == "gpt2":
+        tokenizer.pad_token = None
+    if family == "gemma":  # like the real one, it writes a BOS before every text
+        tokenizer.add_special_tokens({"bos_token": "<bos>"})
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+        )
+    return tokenizer
 
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory):
     """{family: directory}, as `save_pretrained` writes them."""
     dirs = {}
-    for family, make in FAMILIES.items():
+    for family, config in FAMILIES.items():
         torch.manual_seed(1)
         dirs[family] = tmp_path_factory.mktemp(family)
-        make().save_pretrained(dirs[family])
-        tokenizer = tiny_tokenizer()
-        if family == "gpt2":
-            tokenizer.pad_token = None
-        tokenizer.save_pretrained(dirs[family])
+        model = make_model(family, **config)
+        model.generation_config.eos_token_id = EOS_IDS.get(family, 256)
+        model.save_pretrained(dirs[family])
+        make_tokenizer(family).save_pretrained(dirs[family])
     return dirs
 
 
@@ -103,10 +81,10 @@ def family(request):
 @pytest.fixture
 def loaded(model_dirs, family):
     """(model, tokenizer) of each family, through the scripts' own loader."""
-    return common.load_model(str(model_dirs[family]), torch.device("cpu"))
+    return common.load_model(model_dirs[family], "cpu")
 
 
 @pytest.fixture
 def small(model_dirs):
     """(model, tokenizer) of one family, where one is enough."""
-    return common.load_model(str(model_dirs["qwen2"]), torch.device("cpu"))
+    return common.load_model(model_dirs["qwen2"], "cpu")

@@ -264,62 +264,6 @@ def test_learning_rate():
     assert rate(1, "cosine", 1, 0) == pytest.approx(0.0, abs=1e-12)
 
 
-# ---- common.evaluate ----
-
-
-class Judged(TextTask):
-    """Solved or not is one thing, the reward another."""
-
-    def problem(self, index):
-        return f"{self.split} {index}", ""
-
-    def step(self, completion):
-        solved, reward = completion.split()
-        return self.prompt, float(reward), True, False, {"solved": solved == "True"}
-
-
-@pytest.mark.parametrize("size, n", [(None, 130), (70, 70), (1, 1)])
-def test_evaluate(monkeypatch, size, n):
-    calls = []
-
-    def sample(model, tokenizer, prompts, k, max_new_tokens, temperature=1.0):
-        draws = torch.rand(len(prompts) * k).tolist()  # some problems are easier than others
-        solved = [x < 0.1 + 0.4 * (i // k % 3 == 0) for i, x in enumerate(draws)]
-        calls.append((model, tokenizer, prompts, k, max_new_tokens, temperature, solved))
-        texts = [f"{s} {x - 0.5:.2f}" for s, x in zip(solved, draws, strict=True)]
-        return SimpleNamespace(texts=texts)
-
-    monkeypatch.setattr(common, "sample", sample)
-    task, args = Judged("test"), gpg.parse_args(["--model", "m", "--temperature", "0.7"])
-    task.size, args.eval_problems, args.eval_samples, args.max_new_tokens = size, 130, 3, 9
-    args.eval_first = first = 0 if size else 7
-    state = torch.get_rng_state()
-    found = common.evaluate("model", "tokenizer", task, args)
-    assert torch.equal(torch.get_rng_state(), state)
-
-    end = first + n
-    batches = [list(range(i, min(i + 64, end))) for i in range(first, end, 64)]
-    prompts = [[f"test {i}" for i in batch] for batch in batches]
-    expected = [("model", "tokenizer", p, k, 9, t) for k, t in ((3, 0.7), (1, 0)) for p in prompts]
-    assert [call[:-1] for call in calls] == expected
-    solved = [s for call in calls if call[3] == 3 for s in call[-1]]
-    shares = [sum(solved[3 * i : 3 * i + 3]) / 3 for i in range(n)]
-    greedy = [s for call in calls if call[3] == 1 for s in call[-1]]
-    assert found.pop("eval_accuracy") == pytest.approx(statistics.mean(shares), abs=1e-9)
-    error = found.pop("eval_accuracy_stderr")
-    if n > 1:  # over problems
-        assert error == pytest.approx(statistics.stdev(shares) / math.sqrt(n), abs=1e-9)
-    else:
-        assert math.isnan(error)
-    assert found.pop("eval_greedy") == pytest.approx(sum(greedy) / n, abs=1e-9)
-    assert found.pop("eval_pass_at_k") == pytest.approx(sum(s > 0 for s in shares) / n, abs=1e-9)
-    assert not found
-
-    torch.manual_seed(5)  # the next evaluation draws the same numbers, whatever was drawn before
-    again = common.evaluate("model", "tokenizer", task, args)
-    assert again["eval_greedy"] == sum(greedy) / n and calls[-1] == calls[len(batches) * 2 - 1]
-
-
 # ---- real small models, for the tests of each script ----
 
 

@@ -1,0 +1,108 @@
+"""What several test files need: small models and runs, brute-force log-probs, by-hand rollouts."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common import Rollout
+from tasks import TextTask
+from tasks.prompts import pad
+
+PROMPTS = ["7", "12+5=", "a longer prompt, of quite another length: ", "1+1="]
+
+
+def make_model(model_type: str, **config):
+    """A random model of a Hugging Face model type, with distributions far from uniform."""
+    sizes = {
+        "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "initializer_range": 0.3, "init_std": 0.3,
+        "bos_token_id": None, "eos_token_id": 256, "pad_token_id": None,
+    }  # fmt: skip
+    config = AutoConfig.for_model(model_type, **sizes | config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def close(a: Tensor, b: Tensor, atol: float) -> None:
+    """Asserts that no element differs by more than atol, and that shapes and dtypes agree."""
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def gradient(model, scalar: Tensor) -> Tensor:
+    """The gradient of scalar in all parameters, as one vector. It leaves no .grad behind."""
+    gradients = torch.autograd.grad(scalar, list(model.parameters()), materialize_grads=True)
+    return torch.cat([x.flatten() for x in gradients])
+
+
+def naive_logprobs(model, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """log pi of each token, [N, T]: the full log-softmax, one row at a time, no padding, no cache.
+
+    With a picture, transformers finds the positions by itself.
+    """
+    rows, T = [], rollout.completion_ids.shape[1]
+    for i, picture in enumerate(rollout.pictures):
+        prompt = rollout.prompt_ids[i, rollout.prompt_mask[i]]  # [p]
+        completion = rollout.completion_ids[i, rollout.completion_mask[i]]  # [t]
+        ids, inputs = torch.cat([prompt, completion[:-1]])[None], {}  # [1, p + t - 1]
+        if picture:
+            inputs = picture | {"mm_token_type_ids": (ids == model.config.image_token_id).int()}
+        model.base_model.rope_deltas = None  # what Qwen-VL remembers of the row before
+        logits = model(ids, use_cache=False, **inputs).logits[0, len(prompt) - 1 :] / temperature
+        logprobs = logits.log_softmax(-1).gather(1, completion[:, None]).squeeze(1)  # [t]
+        rows.append(F.pad(logprobs, (0, T - len(completion))))
+    return torch.stack(rows)
+
+
+def make_rollout(prompts: list[list[int]], completions: list[list[int]], **fields) -> Rollout:
+    """A rollout of N prompts and N completions, given as token ids.
+
+    Its log-probs are 0, no row is truncated, the texts are empty and each row is alone in its
+    group, unless `fields` says otherwise.
+    """
+    prompt_ids, prompt_mask = pad(prompts, "left", "cpu")
+    completion_ids, completion_mask = pad(completions, "right", "cpu")
+    defaults = {
+        "logprobs": torch.zeros(completion_ids.shape),
+        "truncated": torch.zeros(len(prompts), dtype=torch.bool),
+        "texts": [""] * len(prompts),
+    }
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        **defaults | fields,
+    )
+
+
+class ManyAs(TextTask):
+    """The reward is the share of a's: a dense signal that a random model can climb in seconds."""
+
+    def problem(self, index):
+        return f"{index % 7}:", "a"
+
+    def reward(self, completion, answer):
+        return completion.count("a") / 8
+
+
+def read_metrics(directory) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv, without their empty cells."""
+    lines = (directory / "metrics.csv").read_text().splitlines()
+    names, *rows = [line.split(",") for line in lines]
+    rows = [zip(names, row, strict=True) for row in rows]
+    return [{name: float(value) for name, value in row if value} for row in rows]
+
+
+def run_script(script, monkeypatch, model_dir, out, task: TextTask, *flags):
+    """Train with a script (its module) on a task object: three short steps, or what flags say.
+
+    Gives the run and the rows of its metrics.csv.
+    """
+    monkeypatch.setattr(script, "make_task", lambda name, split="train": task)
+    monkeypatch.setattr("run.draw_curves", lambda *_: None)  # slow
+    small = ["--max-new-tokens", 8, "--steps", 3, "--prompts", 4]
+    small += ["--eval-problems", 4, "--eval-samples", 2]
+    flags = ["--model", model_dir, "--out", out, *small, *flags]
+    run = script.train(script.parse_args([str(flag) for flag in flags]))
+    return run, read_metrics(run.dir)
