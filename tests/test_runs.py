@@ -761,7 +761,7 @@ def test_without_locks_and_without_matplotlib(model, tmp_path):
     """Windows has neither fcntl nor resource. A notebook's backend is not there in a script."""
     code = "import common, runpy, sys; sys.modules |= dict.fromkeys(('fcntl', 'resource')); "
     code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    argv = flags("gpg.py", model, tmp_path / "run", "--steps", 1)
+    argv = flags("gpg.py", model, tmp_path / "run", "--steps", 1, "--task", "add")
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     try:
         result = command(ROOT, "-c", code, "gpg.py", *argv)
