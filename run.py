@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tasks import UserError
+from tasks import UserError, first_problem
 
 try:
     import fcntl
@@ -130,7 +130,7 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         """Lock the directory, write nothing yet. Raises UserError if it is in use or not empty."""
         self.args, self.dir = args, Path(args.out)
-        self.step, self.problem = 0, 10**6 * (args.seed + 1)  # no problem belongs to two seeds
+        self.step, self.problem = 0, first_problem(args.seed)
         self.rows, self.warned, self.stopping = [], set(), False
         self.dir.mkdir(parents=True, exist_ok=True)
         self.unlock = lambda: None

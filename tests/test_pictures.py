@@ -285,7 +285,7 @@ def test_a_picture_that_changes_is_an_error():
             image = picture(8, 8, int(np.random.randint(10**6)))
             return {"image": image, "text": "?"}, super().problem(index)[1]
 
-    with pytest.raises(UserError, match=r"problem 3.* another prompt"):
+    with pytest.raises(UserError, match=r"problem 3 .* has another prompt"):
         get_rewards(Restless(), [3], ["a", "b"])
 
 
