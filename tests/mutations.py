@@ -239,7 +239,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('regret.csv: seed and epoch swapped', 'bandit_toy.py', 'for (epoch, seed), value in', 'for (seed, epoch), value in', 'bandit'),
     ('answers in words cut to a number', 'tasks/jsonl.py', 'if "####" in answer else', 'or', 'tasks'),
     ('records are held out, not prompts', 'tasks/jsonl.py', 'numbers.setdefault(key, len(numbers)) % 10 == 0 for key in keys', 'i % 10 == 0 for i, _ in enumerate(keys)', 'tasks'),
-    ('CoPG: records are held out, not prompts', 'tasks/pairs.py', 'held_out_mask([r.prompt for r in records])', 'held_out_mask([f'{i}' for i in range(len(records))])', 'copg'),
+    ('CoPG: records are held out, not prompts', 'tasks/pairs.py', 'held_out_mask([r.prompt for r in records])', 'held_out_mask([str(i) for i in range(len(records))])', 'copg'),
     ('CoPG: a longer resumed run warms up again', 'copg.py', 'args.warmup = math.ceil(args.steps / 10) if args.warmup is None else args.warmup', 'args.warmup = math.ceil(args.steps / 10)', 'copg'),
     ('the split is another in every process', 'tasks/addition.py', 'zlib.crc32(f"{a}+{b}".encode()) % 10', 'hash(f"{a}+{b}") % 10', 'tasks'),
     ('GRPO: advantages of the first groups', 'grpo.py', 'group_advantages(rewards[groups], args.scale)', 'group_advantages(rewards[: len(groups)], args.scale)', 'train grpo'),
