@@ -1,7 +1,7 @@
 """The papers as tests: what they prove or claim exactly, a few lines each, in float64.
 
-GPG is arXiv 2504.02546, CoPG arXiv 2406.19185, GRPO arXiv 2402.03300. `test_bandit.py` has theorem 1
-and the properties of CoPG once more, on three arms, with every pair enumerated.
+GPG is arXiv 2504.02546, CoPG arXiv 2406.19185, GRPO arXiv 2402.03300. `test_bandit.py` has theorem
+1 and the properties of CoPG once more, on three arms, with every pair enumerated.
 """
 
 import itertools

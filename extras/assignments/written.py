@@ -31,7 +31,8 @@ QUESTIONS = {  # assignment: question: (text, the numbers of a student)
     "A1": {
         "W1": (
             "The data come from mu1 and mu2 below; rewards, reference and beta are those of the "
-            "file. What is the regret of the policy to which gradient descent on the expected pg-value loss converges?",
+            "file. What is the regret of the policy to which gradient descent on the expected "
+            "pg-value loss converges?",
             lambda rng: {"mu1": arms(rng), "mu2": arms(rng)},
         ),
         "W2": (
