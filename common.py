@@ -392,7 +392,9 @@ def load_model(name: str, device, task=None, chat_template=True, grad_checkpoint
         sample(model, tokenizer, ["1", "2 and 3"], 2, 3)  # does all of it work together?
     except Exception as error:  # hub, parsers, file formats, devices: many causes, one line
         reason = " ".join(str(error).split())
-        raise UserError(f"{name} cannot be loaded as a language model: {reason:.300}") from error
+        raise UserError(
+            f"{name} cannot be loaded as a language model on {device}: {reason:.300}"
+        ) from error
     if grad_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train(grad_checkpointing), tokenizer  # transformers checkpoints in train mode only

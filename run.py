@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tasks import UserError
+from tasks import UserError, first_problem
 
 try:
     import fcntl
@@ -82,6 +83,8 @@ def parse_flags(parser: Parser, argv: list[str] | None, defaults: Callable) -> a
     differ from it. Raises UserError.
     """
     args = parser.parse_args(argv)
+    if "" in vars(args).values():
+        raise UserError("an argument is empty; --help shows all flags")
     if not args.resume:
         parser.set_defaults(script=parser.prog, **defaults(args))
         args = parser.parse_args(argv)
@@ -100,8 +103,8 @@ def parse_flags(parser: Parser, argv: list[str] | None, defaults: Callable) -> a
     parser.set_defaults(**texts | {"out": args.resume, "resume": args.resume})
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if name not in ("out", "resume", "steps", "device") and value != config.get(name):
-            flag, old = f"--{name.replace('_', '-')}", config.get(name)
+        flag, old = f"--{name.replace('_', '-')}", config.get(name, "missing")
+        if name not in ("out", "resume", "steps", "device") and value != old:
             raise UserError(f"{flag} {value} contradicts --resume {args.out}, where it is {old}")
     return args
 
@@ -127,48 +130,57 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         """Lock the directory, write nothing yet. Raises UserError if it is in use or not empty."""
         self.args, self.dir = args, Path(args.out)
-        self.step, self.problem = 0, 10**6 * (args.seed + 1)  # no problem belongs to two seeds
+        self.step, self.problem = 0, first_problem(args.seed)
         self.rows, self.warned, self.stopping = [], set(), False
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.dir / "lock").open("w")  # until `finish`, or until the process ends
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{self.dir}: another process is training there") from error
-        except OSError as error:  # NFS, for example
-            print(f"{self.dir}: not locked ({error.strerror}): start no second run in it")
-        if not args.resume and len(list(self.dir.iterdir())) > 1:
+        self.unlock = lambda: None
+        if fcntl:
+            directory = os.open(self.dir, os.O_RDONLY)
+            self.unlock = weakref.finalize(self, os.close, directory)  # or when it is forgotten
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.dir}: another process is training there") from error
+            except OSError as error:  # NFS, for example
+                print(f"{self.dir}: not locked ({error.strerror}): start no second run in it")
+        if not args.resume and any(self.dir.iterdir()):
             raise UserError(f"--out {self.dir} is not empty; name another, or --resume {self.dir}")
         self.checkpoint, old = self.dir / "checkpoint", self.dir / "checkpoint.old"
         if old.exists() and not self.checkpoint.exists():
             old.rename(self.checkpoint)  # killed between the two renames of `save`
         self.resumed = self.checkpoint.exists()  # if not, it was killed before its first checkpoint
+        metrics = self.dir / "metrics.csv"
+        if not self.resumed and metrics.exists() and len(metrics.read_text().splitlines()) > 2:
+            raise UserError(f"{self.checkpoint} is gone; start another run with --out")
         self.weights = str(self.checkpoint) if self.resumed else None
 
     def begin(self, model, tokenizer, optimizer) -> None:
-        """Start the files; or restore the optimizer, the random states and the metrics."""
+        """A resumed run restores the optimizer, the random states and the metrics."""
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
-        if self.resumed:
-            try:
-                saved = torch.load(self.checkpoint / "training_state.pt", "cpu", weights_only=True)
-                self.step, self.problem, self.rows = saved["step"], saved["problem"], saved["rows"]
-                optimizer.load_state_dict(saved["optimizer"])
-                torch.set_rng_state(saved["rng"])
-                torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
-            except Exception as error:  # many ways to be damaged, one line
-                raise UserError(f"{self.checkpoint} is damaged ({error!r:.200})") from error
         self.args.eval_every = self.args.eval_every or math.ceil(self.args.steps / 10)
+        self.start = time.perf_counter()
+        if not self.resumed:
+            return
+        try:
+            saved = torch.load(self.checkpoint / "training_state.pt", "cpu", weights_only=True)
+            self.step, self.problem, self.rows = saved["step"], saved["problem"], saved["rows"]
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
+            samples, lines = self.dir / "samples.jsonl", []
+            if samples.exists():  # drop what is later than the checkpoint
+                lines = samples.read_text(encoding="utf-8").split("\n")[:-1]
+                lines = [line for line in lines if json.loads(line)["step"] <= self.step]
+        except Exception as error:  # many ways to be damaged, one line
+            raise UserError(f"{self.checkpoint} is damaged ({error!r:.200})") from error
         if self.step >= self.args.steps:
             raise UserError(f"{self.dir}: step {self.step} is done; --steps must be higher")
-        write(self.dir / "config.json", json.dumps(vars(self.args) | {"resume": None}, indent=2))
-        samples = self.dir / "samples.jsonl"  # keeps what is not later than the checkpoint
-        lines = samples.read_text(encoding="utf-8").splitlines(True) if samples.exists() else []
-        write(
-            samples,
-            "".join(x for x in lines if x[-1] == "\n" and json.loads(x)["step"] <= self.step),
-        )
-        self.start = time.perf_counter()
+        write(samples, "".join(f"{line}\n" for line in lines))
+        self.write_config()
+
+    def write_config(self) -> None:
+        config = vars(self.args) | {"resume": None}
+        write(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
 
     def next_problems(self, n: int) -> list[int]:
         """The indices of the next n training problems."""
@@ -208,6 +220,10 @@ class Run:
             self.rows.append({"step": step, "seconds": time.perf_counter() - self.start})
         row = self.rows[-1]
         row |= metrics
+        if metrics.get("truncated_share", 0) > 0.1:
+            self.warn("more than a tenth of the completions end at --max-new-tokens: raise it")
+        if step == 0:
+            self.write_config()
         self.step = step
         if "tokens" in metrics:
             row["tokens_per_second"] = row["tokens"] / row["seconds"]
@@ -266,7 +282,7 @@ class Run:
             draw_curves([self.dir], self.dir / "curves.png")
         except Exception as error:  # no matplotlib, for example
             print(f"  no curves.png: {error!r:.200}")
-        self.lock.close()
+        self.unlock()
 
 
 def peak_memory() -> str:
@@ -329,7 +345,11 @@ def plain_errors(script: str) -> Iterator[None]:
         sys.exit(report(script, "stopped; --resume goes on from the last checkpoint", 130))
     except (RuntimeError, MemoryError) as error:
         if "non-finite" in str(error):  # of `sample`, or of clip_grad_norm_
-            sys.exit(report(script, f"{error!s:.70}: a lower --lr may help", 1))
+            sys.exit(
+                report(
+                    script, "the logits or the gradient are non-finite: a lower --lr may help", 1
+                )
+            )
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error):
             sys.exit(report(script, "out of memory: lower --micro-batch-tokens or --prompts", 2))
         raise

@@ -1,4 +1,4 @@
-"""What a model is asked and how it is rewarded.
+"""Tasks: prompts and rewards.
 
 Every task is registered with Gymnasium: `gymnasium.make("add", split="test")`.
 """
@@ -6,7 +6,7 @@ Every task is registered with Gymnasium: `gymnasium.make("add", split="test")`.
 import gymnasium
 
 from .addition import Addition
-from .base import TextTask, UserError, cache_dir
+from .base import TextTask, UserError, cache_dir, first_problem
 from .count import Count
 from .episodes import get_prompts, get_rewards, held_out, make_task
 from .jsonl import GSM8K, JSONLines
@@ -16,8 +16,8 @@ from .words import ExactWords
 
 __all__ = [
     "GSM8K", "Addition", "Count", "ExactWords", "JSONLines", "Posts", "TextTask", "UserError",
-    "cache_dir", "extract_answer", "get_prompts", "get_rewards", "held_out", "is_correct",
-    "make_task",
+    "cache_dir", "extract_answer", "first_problem", "get_prompts", "get_rewards", "held_out",
+    "is_correct", "make_task",
 ]  # fmt: skip
 
 gymnasium.register("add", Addition)

@@ -1,4 +1,4 @@
-"""The base class of the tasks, and what every other file stands on."""
+"""The base class of the tasks, and shared helpers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,26 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
+PROBLEMS_PER_SEED = 10**7
+
 
 class UserError(ValueError):
     """An error the user can fix. The scripts print it as one line and exit with status 2."""
 
 
 def cache_dir() -> Path:
-    """Where tiny models and GSM8K are kept: below $XDG_CACHE_HOME, or ~/.cache."""
+    """Where tiny models and GSM8K are cached: under $XDG_CACHE_HOME, or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "policy-gradients"
+
+
+def first_problem(seed: int) -> int:
+    """The index of the first training problem of a run with this --seed.
+
+    Demonstrations count from 0, so that no run trains on them. Seeds 0 to 199 have ten million
+    problems each, seed 200 those of seed 0 again: every index stays below 2**31, where the test
+    of an environment without splits begins.
+    """
+    return PROBLEMS_PER_SEED * (1 + seed % 200)
 
 
 class AnyText(gymnasium.spaces.Text):
@@ -31,7 +43,7 @@ class AnyText(gymnasium.spaces.Text):
 
 
 class AnyImage(gymnasium.spaces.Box):
-    """Pictures of any size: uint8 [H, W, 3]. sample() gives a small one."""
+    """Images of any size: uint8 [H, W, 3]. sample() gives a small one."""
 
     def __init__(self):
         super().__init__(0, 255, (8, 8, 3), np.uint8)
@@ -44,8 +56,8 @@ class TextTask(gymnasium.Env):
     """A one-step episode: observe a prompt, act with a completion, receive a reward, terminate.
 
     Subclasses define `problem` and `reward`. The tiny model also needs `demonstration(index)`, a
-    completion of problem `index` to imitate; it need not be right. A prompt is a text, or with a
-    picture {"image": uint8 [H, W, 3], "text": ...}.
+    completion of problem `index` to imitate; it may be wrong. A prompt is a string, or with an
+    image {"image": uint8 [H, W, 3], "text": string}.
     """
 
     size: int | None = None  # number of problems; None: endless
@@ -56,7 +68,11 @@ class TextTask(gymnasium.Env):
         self.observation_space, self.action_space = AnyText(), AnyText()
 
     def problem(self, index: int) -> tuple[str | dict, str]:
-        """Problem `index` >= 0 as (prompt, answer). The same index gives the same problem."""
+        """Problem `index` as (prompt, answer). The same index gives the same problem.
+
+        The test counts from 0, to at most `size`. Training counts on from `first_problem(seed)`:
+        a task with a `size` makes one pass over its problems every `size` indices.
+        """
         raise NotImplementedError
 
     def reward(self, completion: str, answer: str) -> float:

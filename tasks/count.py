@@ -10,17 +10,21 @@ import numpy as np
 from .base import AnyImage, AnyText, TextTask
 from .verifier import is_correct
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220)}
-COLOURS |= {"yellow": (240, 210, 40)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "yellow": (240, 210, 40),
+}
 SIDE, CELL = 3, 8  # a picture has SIDE x SIDE squares of CELL x CELL pixels
-CAREFUL = 20_000  # the first demonstrations have no slips
+FLAWLESS = 20_000  # the first demonstrations, without slips
 
 
 class Count(TextTask):
     """How many squares are red? `red?` is answered by `1+0+2=3`: row by row, then the sum.
 
-    Half of the demonstrations after the first ones have a slip in a row. The pictures of the test
-    are drawn from other seeds; simple ones recur, and half of them are among the demonstrations.
+    After the first, flawless demonstrations, half of them miscount one row. Test pictures use
+    other seeds, but half of them also occur in the demonstrations.
     """
 
     def __init__(self, split: str = "train"):
@@ -28,10 +32,10 @@ class Count(TextTask):
         self.observation_space = gymnasium.spaces.Dict(image=AnyImage(), text=AnyText())
 
     def squares(self, index: int) -> tuple[list[list[str]], str]:
-        """The colours of problem `index`, row by row, and the colour that is asked for."""
+        """The colours of problem `index`, row by row, and the colour to count."""
         rng = random.Random(f"{self.split} {index}")
         asked = rng.choice(list(COLOURS))
-        # Half of the squares have the colour that is asked for, else most counts would be 2.
+        # Half of the squares have this colour on purpose, else most counts would be about 2.
         rows = [
             [asked if rng.random() < 0.5 else rng.choice(list(COLOURS)) for _ in range(SIDE)]
             for _ in range(SIDE)
@@ -51,7 +55,7 @@ class Count(TextTask):
         rows, asked = self.squares(index)
         counts = [row.count(asked) for row in rows]
         rng = random.Random(f"slip {self.split} {index}")
-        if index >= CAREFUL and rng.random() < 0.5:
+        if index >= FLAWLESS and rng.random() < 0.5:
             row = rng.randrange(SIDE)
             counts[row] = rng.choice([n for n in range(SIDE + 1) if n != counts[row]])
         return f"{'+'.join(map(str, counts))}={sum(counts)}"

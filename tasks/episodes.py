@@ -1,15 +1,21 @@
-"""Making a task, asking it for prompts, and letting it reward completions."""
+"""Create a task, get its prompts, score completions."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
+import math
+import numbers
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.envs.registration import load_env_creator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,45 +24,85 @@ from .jsonl import JSONLines
 
 
 def make_task(name: str, split: str = "train") -> gymnasium.Env:
-    """A task for the split "train" or "test". Raises UserError.
+    """A task for the split "train" or "test". Raises UserError for a name that is no task.
 
     `name` is an id of this folder ("add", "gsm8k", "posts"), a file ("problems.jsonl"), or any
-    Gymnasium environment that takes and gives text, with its module ("my_tasks:Haiku-v0").
+    Gymnasium environment whose actions and observations are text, with its module
+    ("my_tasks:Haiku-v0").
     """
     if name.endswith(".jsonl"):
         return JSONLines(Path(name), split)
+    unknown = f"--task {name}: not a task such as add or gsm8k, a .jsonl file or module:Name-v0"
+    module, colon, env_id = name.rpartition(":")
+    if module.startswith(".") or name.startswith(":"):  # ./my_tasks:Haiku-v0
+        raise UserError(unknown)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for the user's my_tasks.py
-    try:
+    with task_code("while it was made"):
         try:
-            return gymnasium.make(name, disable_env_checker=True, split=split)
-        except TypeError:  # it has no splits
-            env = gymnasium.make(name, disable_env_checker=True)
-            return env if split == "train" else Elsewhere(env)
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise UserError(
-            f"--task {name}: not a task such as add or gsm8k, a .jsonl file or module:Name-v0 "
-            f"({error})"
-        ) from error
+            if colon:
+                importlib.import_module(module)
+            spec = gymnasium.spec(env_id)
+        except (gymnasium.error.Error, ModuleNotFoundError) as error:
+            raise UserError(f"{unknown} ({error})") from error
+        constructor = spec.entry_point
+        if isinstance(constructor, str):
+            constructor = load_env_creator(constructor)
+        if takes_split(constructor):
+            return gymnasium.make(spec, disable_env_checker=True, split=split)
+        env = gymnasium.make(spec, disable_env_checker=True)
+        return env if split == "train" else HeldOutSeeds(env)
 
 
-class Elsewhere(gymnasium.Wrapper):
-    """The test of a task without splits: problems whose numbers no training reaches."""
+def takes_split(constructor: Callable) -> bool:
+    parameters = inspect.signature(constructor).parameters.values()
+    return any(p.name == "split" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+class HeldOutSeeds(gymnasium.Wrapper):
+    """The test of a task without splits: seeds beyond those of training (see `first_problem`)."""
 
     def reset(self, *, seed=None, options=None):
-        return self.env.reset(seed=seed + 10**15, options=options)
+        return self.env.reset(seed=None if seed is None else 2**31 + seed, options=options)
+
+
+@contextlib.contextmanager
+def task_code(when: str):
+    """Around a task's own code: say when it failed, before the traceback that shows where."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        tqdm.write(f"the task failed {when}:", file=sys.stderr)
+        if isinstance(error, (OSError, RuntimeError, MemoryError, SystemExit)):
+            raise TaskError(repr(error)) from error
+        raise
+
+
+class TaskError(Exception):
+    """In place of an exception from which a script would conclude something about itself."""
+
+
+def is_text(x) -> bool:
+    """Is x a string that can be encoded? One with a lone surrogate cannot."""
+    return isinstance(x, str) and x.encode(errors="ignore").decode() == x
 
 
 def get_prompts(task: gymnasium.Env, problems: list[int]) -> list:
-    """The prompts of these problems: what reset(seed=i) gives, a text or a dict of an image and a
-    text. Raises UserError if there is no text."""
+    """The prompts of these problems: what reset(seed=i) returns, a text or {"image", "text"}.
+
+    Raises UserError if there is no text.
+    """
     prompts = []
     for index in problems:
-        with point_at(f"problem {index}"):
+        with task_code(f"at problem {index}"):
             prompt, _ = task.reset(seed=index)
         text = prompt.get("text") if isinstance(prompt, dict) and "image" in prompt else prompt
-        if not isinstance(text, str) or not text:
-            raise UserError(f"problem {index} of the task has the prompt {prompt!r:.60}: no text")
+        if not is_text(text) or not text:
+            raise UserError(
+                f"problem {index} of the task has the prompt {prompt!r:.60}: not a text"
+            )
         prompts.append(prompt)
     return prompts
 
@@ -67,31 +113,34 @@ def get_rewards(
     """B problems and B * G completions -> rewards [B, G] and solved [B, G], one episode each.
 
     A completion has solved its problem if info["solved"] says so; without that, if its reward is
-    above 0. Raises UserError if a problem changes its prompt, if an episode does not terminate
-    after one step, and for a reward that is not a finite float32.
+    above 0. Raises UserError if a problem changes its prompt, if an episode does not end after one
+    step, and for a reward that is not a finite float32.
     """
     G = len(completions) // len(problems)
     prompts, rewards, solved = {}, [], []
     for row, completion in enumerate(completions):
         index = problems[row // G]
+        problem = f"problem {index} of the task"
         (prompt,) = get_prompts(task, [index])
         if not same_prompt(prompt, prompts.setdefault(index, prompt)):
-            raise UserError(f"the task gives problem {index} another prompt at every reset")
-        with point_at(f"problem {index}, completion {completion!r:.200}"):
+            raise UserError(f"{problem} has another prompt after another reset(seed={index})")
+        with task_code(f"at problem {index}, completion {completion!r:.200}"):
             _, reward, terminated, _, info = task.step(completion)
-        try:
-            value = torch.as_tensor(reward, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            value = torch.tensor(torch.nan)
-        if value.ndim or not value.isfinite():
+        value = as_number(reward)
+        if not math.isfinite(value):
             raise UserError(
-                f"the task gives problem {index} the reward {reward!r:.60}, no finite number; "
-                f"the completion is {completion!r:.60}"
+                f"{problem} has the reward {reward!r:.60} for {completion!r:.60}: "
+                "not a finite number"
             )
-        if not terminated:
-            raise UserError(f"problem {index} of the task does not terminate after one step")
-        rewards.append(value.item())
-        solved.append(bool(info.get("solved", value > 0)))
+        if as_number(terminated) != 1:
+            raise UserError(f"{problem} does not terminate after one step")
+        if not isinstance(info, dict):
+            raise UserError(f"{problem} has the info {info!r:.60}: not a dict")
+        is_solved = info.get("solved", value > 0)
+        if as_number(is_solved) not in (0, 1):
+            raise UserError(f"{problem} has the info 'solved': {is_solved!r:.60}, not a bool")
+        rewards.append(value)
+        solved.append(bool(is_solved))
     return torch.tensor(rewards).view(-1, G), torch.tensor(solved).view(-1, G)
 
 
@@ -101,24 +150,29 @@ def same_prompt(a: str | dict, b: str | dict) -> bool:
     return isinstance(a, str) and a == b
 
 
+def as_number(x) -> float:
+    """A number, bool or scalar tensor as a float32; NaN for anything else."""
+    try:
+        value = torch.as_tensor(x, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
+    return value.item() if value.ndim == 0 else math.nan
+
+
+def get_size(task: gymnasium.Env) -> int | None:
+    """The number of problems; None if the task is endless. Raises UserError."""
+    size = getattr(task.unwrapped, "size", None)
+    if size is not None and not (isinstance(size, numbers.Integral) and size > 0):
+        raise UserError(f"the task has the size {size!r:.60}: not a number of problems")
+    return size
+
+
 def held_out(task: gymnasium.Env, count: int, first: int = 0) -> list[list[int]]:
-    """The problems of an evaluation, `count` from `first` on or as many as there are, in batches of
-    64. Raises UserError if there are none."""
-    end = min(first + count, getattr(task.unwrapped, "size", None) or first + count)
+    """The problems of an evaluation: up to `count`, starting at `first`, in batches of 64.
+
+    Raises UserError if there are none.
+    """
+    end = min(first + count, get_size(task) or first + count)
     if first >= end:
         raise UserError(f"--eval-first {first}: there are only {end} held-out problems")
     return [list(range(i, min(i + 64, end))) for i in range(first, end, 64)]
-
-
-@contextlib.contextmanager
-def point_at(where: str):
-    """Say where the user's own task failed; the traceback that follows shows the line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        tqdm.write(f"the task failed at {where}:", file=sys.stderr)
-        if isinstance(error, OSError):  # the scripts print one line for those: a full disk
-            raise RuntimeError(str(error)) from error
-        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -12,17 +13,17 @@ from pathlib import Path
 import gymnasium
 import torch
 
-from .base import AnyImage, AnyText, TextTask, UserError, cache_dir
+from .base import PROBLEMS_PER_SEED, AnyImage, AnyText, TextTask, UserError, cache_dir
 from .pictures import DATA_URI, read_image
 from .verifier import extract_answer, is_correct
 
 
 class JSONLines(TextTask):
-    """A file with one JSON object per line: `prompt` (or `question`) and `answer`, and `image`, the
-    path of a picture, relative to the file. Pictures are read when they are asked for.
+    """A file of JSON objects, one per line: `prompt` (or `question`), `answer` and, where a prompt
+    has an image, `image`: its path, relative to the file. Images are read when they are needed.
 
-    Every tenth prompt is held out for the test. Each training epoch has an order of its own; the
-    test keeps the order of the file.
+    Every tenth prompt is held out, beginning with the first. A file with a single prompt has it in
+    both splits. Training reshuffles for every pass; the test keeps the order of the file.
     """
 
     instruction = ""
@@ -35,12 +36,16 @@ class JSONLines(TextTask):
             self.observation_space = gymnasium.spaces.Dict(image=AnyImage(), text=AnyText())
 
     def choose(self, records: list) -> list:
-        held_out, test = is_held_out([prompt for prompt, _ in records]), self.split == "test"
-        return [r for r, held in zip(records, held_out, strict=True) if held == test] or records
+        is_test, mask = self.split == "test", held_out_mask([prompt for prompt, _ in records])
+        chosen = [r for r, held_out in zip(records, mask, strict=True) if held_out == is_test]
+        return chosen or records
 
-    def record(self, index):
-        epoch, i = divmod(index, self.size)
-        return self.records[shuffled(self.size, epoch)[i] if self.split == "train" else i]
+    def record(self, index: int) -> tuple[str | dict, str]:
+        if self.split == "test":
+            return self.records[index % self.size]
+        # Passes count from where a run starts, so that the first one is whole, too.
+        place = index % PROBLEMS_PER_SEED % self.size
+        return self.records[shuffled(self.size, seed=index - place)[place]]
 
     def problem(self, index):
         question, answer = self.record(index)
@@ -89,15 +94,15 @@ def shuffled(n: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(n), n)
 
 
-def is_held_out(prompts: list) -> list[bool]:
+def held_out_mask(prompts: list) -> list[bool]:
     """True for every tenth prompt. Records with equal prompts are never on both sides."""
-    numbers = {}  # of the different prompts
+    numbers = {}  # of the distinct prompts
     keys = [(p["text"], p["image"]) if isinstance(p, dict) else p for p in prompts]
     return [numbers.setdefault(key, len(numbers)) % 10 == 0 for key in keys]
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Every record of a JSONL file, with the name of its line for error messages.
+    """Every record of a JSONL file, after "file, line n" for error messages.
 
     Raises UserError for a file without records and for a line that is not a JSON object.
     """
@@ -115,7 +120,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(record, ensure_ascii=False).encode()  # reject lone surrogates
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not a JSON object ({error})") from error
         if not isinstance(record, dict):
@@ -124,9 +129,11 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def with_image(record: dict, prompt: str, path: Path, where: str) -> str | dict:
-    """The prompt of a record in the file `path`: a text, or {"image": path or data URI, "text",
+    """The prompt of a record of the file `path`: a text, or {"image": path or data URI, "text",
     "where"}."""
     image = record.get("image")
+    if record.get("images") is not None:
+        raise UserError(f"{where}: needs one path under 'image'; 'images' is not read")
     if image is None:
         return prompt
     if not isinstance(image, str) or not image:
@@ -140,11 +147,14 @@ def read_records(path: Path) -> list[tuple[str | dict, str]]:
     """A JSONL file as [(prompt, answer)]. Raises UserError with the number of a bad line."""
     records = []
     for where, record in json_lines(path):
-        prompt = record.get("prompt", record.get("question"))
-        answer = record.get("answer")
+        prompt, answer = record.get("prompt"), record.get("answer")  # null counts as absent
+        if prompt is None:
+            prompt = record.get("question")
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"{where}: needs a text under 'prompt' or 'question'")
         if type(answer) not in (str, int, float) or not str(answer).strip():
             raise UserError(f"{where}: needs a text or a number under 'answer'")
+        if isinstance(answer, float) and not math.isfinite(answer):
+            raise UserError(f"{where}: needs a finite number under 'answer'")
         records.append((with_image(record, prompt, path, where), str(answer)))
     return records

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .base import TextTask, UserError
-from .jsonl import is_held_out, json_lines, with_image
+from .jsonl import held_out_mask, json_lines, with_image
 from .pictures import data_uri
 
 LARGEST_FLOAT32 = 3.4028234e38
@@ -66,7 +66,9 @@ def read_records(path: str | Path) -> list[Record]:
             G = len(records[0].completions)
             raise UserError(f"{record.where}: needs {G} completions, like the first line")
     if records[0].held_out is None:
-        for record, held_out in zip(records, is_held_out([r.prompt for r in records]), strict=True):
+        for record, held_out in zip(
+            records, held_out_mask([r.prompt for r in records]), strict=True
+        ):
             record.held_out = held_out
     return records
 

@@ -55,12 +55,17 @@ CHATTER = [
     "i like {food} too",
     "we had {food} and {food}",
 ]
-PREFERENCES = 10**8  # the posts of the preferences are not those of the demonstrations
+PREFERENCES = 10**8  # preferences count from here: demonstrations have other posts
+
+
+def random_words(rng: random.Random) -> dict[str, str]:
+    """One word of every kind."""
+    return {kind: rng.choice(words) for kind, words in WORDS.items()}
 
 
 def say(template: str, rng: random.Random) -> str:
     """The template with a random word of the right kind in every gap."""
-    return template.format(**{kind: rng.choice(words) for kind, words in WORDS.items()})
+    return template.format(**random_words(rng))
 
 
 def vocabulary() -> list[str]:
@@ -72,7 +77,8 @@ class Posts(TextTask):
     """A post states four facts among chatter. A good summary states them, briefly, and no more.
 
     The answer to a post is the complete summary. The reward is the utility of a summary to its
-    reader, which the learners of copg.py never see: they see a reward model fitted to preferences.
+    reader, which copg.py's policies never see: they see a reward model fitted to preferences. One
+    event in ten is held out.
     """
 
     words = vocabulary()
@@ -80,10 +86,10 @@ class Posts(TextTask):
     def problem(self, index):
         rng = random.Random(f"{self.split} {index}")
         while True:
-            words = {kind: rng.choice(words) for kind, words in WORDS.items()}
+            words = random_words(rng)
             facts = [fact.format(**words) for fact in FACTS]
-            held_out = zlib.crc32(facts[0].encode()) % 10 == 0  # one event in ten is for the test
-            if held_out == (self.split == "test"):
+            is_held_out = zlib.crc32(facts[0].encode()) % 10 == 0
+            if is_held_out == (self.split == "test"):
                 break
         sentences = [sentence.format(**words) for sentence in POST]
         for _ in range(rng.randint(1, 3)):
@@ -91,7 +97,7 @@ class Posts(TextTask):
         return f"{' . '.join(sentences)} . {facts[3]} ? summary :", " ; ".join(facts)
 
     def reward(self, completion, answer):
-        """The worth of the stated facts, less 1 for anything else, less 0.1 per word."""
+        """The worth of the facts stated, minus 1 per clause that is no fact, minus 0.1 per word."""
         worth = dict(zip(answer.split(" ; "), WORTH, strict=True))
         stated = completion.split(" ; ")
         utility = sum(worth[clause] for clause in set(stated) if clause in worth)
@@ -99,14 +105,17 @@ class Posts(TextTask):
         return utility - 0.1 * len(completion.replace(";", "").split())
 
     def write(self, index: int, writer: int) -> str:
-        """A summary by a good or bad writer, who omits, mistakes or repeats facts, and chatters."""
+        """A summary of post `index` by a writer of random skill, who may omit, garble or repeat
+        facts, and add chatter."""
         rng = random.Random(f"{self.split} {index} writer {writer}")
         skill, clauses = rng.random(), []
         for fact, template in zip(self.problem(index)[1].split(" ; "), FACTS, strict=True):
             if rng.random() < 0.3 + 0.65 * skill:
-                mistaken = rng.random() < 0.25 * (1 - skill)
-                clauses += [say(template, rng) if mistaken else fact]
-                clauses += clauses[-1:] if rng.random() < 0.25 * (1 - skill) else []
+                if rng.random() < 0.25 * (1 - skill):
+                    fact = say(template, rng)
+                clauses.append(fact)
+                if rng.random() < 0.25 * (1 - skill):
+                    clauses.append(fact)
         for _ in range(2):
             if rng.random() < 0.6 * (1 - skill):
                 clauses.insert(rng.randint(0, len(clauses)), say(rng.choice(CHATTER), rng))
@@ -118,7 +127,7 @@ class Posts(TextTask):
     def preference(self, index: int) -> tuple[str, list[str]]:
         """Preference `index` as prompt, [preferred summary, other summary].
 
-        The preferred one is drawn: P(first preferred) = sigmoid(difference of utilities).
+        Sampled from Bradley-Terry: P(first preferred) = sigmoid(difference of utilities).
         """
         index += PREFERENCES
         prompt, answer = self.problem(index)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
-import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gymnasium
@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .base import UserError, cache_dir
+from .episodes import get_prompts, get_size, is_text, task_code
 from .pictures import expand_image_tokens, model_inputs, read_pictures
 from .prompts import plain_text
 
@@ -86,16 +87,15 @@ def tiny_model(task: gymnasium.Env) -> str:
             f"--model tiny imitates demonstrations, and {type(task).__name__} has none: give it a "
             "method demonstration(index), or name another --model"
         )
-    words, size = getattr(task, "words", None), getattr(task, "size", None)
-    shown = range(size) if size else range(0, 100_000, 97)  # of an endless task, a sample
-    demonstrations = [(task.reset(seed=i)[0], task.demonstration(i)) for i in shown]
-
-    sees = isinstance(demonstrations[0][0], dict)
+    words, size = getattr(task, "words", None), get_size(task)
+    shown = range(size) if size else range(0, 100_000, 97)  # a sample, if the task is endless
+    demonstrations = [demonstrate(task, i) for i in shown]
+    is_vision = any(isinstance(prompt, dict) for prompt, _ in demonstrations)
 
     def make(directory: Path) -> None:
         tokenizer = tiny_tokenizer(words)
         special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        if sees:
+        if is_vision:
             model = tiny_vision_model(tokenizer, special)
             tokenizer.image_processor.save_pretrained(directory)
         else:
@@ -105,8 +105,18 @@ def tiny_model(task: gymnasium.Env) -> str:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
-    recipe = ["Qwen3-VL", TINY_TEXT, TINY_VISION] if sees else ["Llama", TINY]
+    recipe = ["Qwen3-VL", TINY_TEXT, TINY_VISION] if is_vision else ["Llama", TINY]
     return cached_model([*recipe, WARM_START, words, demonstrations], make)
+
+
+def demonstrate(task: gymnasium.Env, index: int) -> tuple[str | dict, str]:
+    """Problem `index` as (prompt, completion to imitate). Raises UserError."""
+    (prompt,) = get_prompts(task, [index])
+    with task_code(f"at the demonstration of problem {index}"):
+        completion = task.demonstration(index)
+    if not is_text(completion):
+        raise UserError(f"the demonstration of problem {index} is {completion!r:.60}: not a text")
+    return prompt, completion
 
 
 def tiny_vision_model(tokenizer, special: dict) -> Qwen3VLForConditionalGeneration:
@@ -126,7 +136,7 @@ def tiny_vision_model(tokenizer, special: dict) -> Qwen3VLForConditionalGenerati
 
 
 def tiny_tokenizer(words: list[str] | None = None):
-    """One token per byte, so that it can write every text; or, given `words`, one per word."""
+    """One token per byte, so that any text can be written; or, given `words`, one per word."""
     if words is None:  # Qwen2's tokenizer without merges
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 of them
         vocab = {token: i for i, token in enumerate([*alphabet, "<|endoftext|>", "<|pad|>"])}
@@ -140,30 +150,37 @@ def tiny_tokenizer(words: list[str] | None = None):
 
 
 def warm_start(model, tokenizer, task) -> None:
-    """Supervised learning on the task's demonstrations, each seen once."""
-    index = 0
+    """Supervised learning on the task's demonstrations 0, 1, 2, ..."""
+    batches = demonstration_batches(model, tokenizer, task)
+    fit(
+        model,
+        lambda step: model(**next(batches)).loss,
+        WARM_START["steps"],
+        WARM_START["lr"],
+        "warm-start of the tiny model",
+    )
 
-    def batch_loss(step: int) -> Tensor:
-        nonlocal index
-        rows, labels, pictures, tokens = [], [], [], 0
-        while tokens < WARM_START["tokens_per_step"]:
-            prompts = [task.reset(seed=index)[0]]
-            new = read_pictures(tokenizer, prompts)
-            ids = tokenizer([plain_text(prompts[0], model, tokenizer)]).input_ids
-            (prompt,) = expand_image_tokens(ids, new, model, tokenizer)
-            pictures += new
-            completion = [*tokenizer(task.demonstration(index)).input_ids, tokenizer.eos_token_id]
-            rows.append(torch.tensor(prompt + completion))
-            labels.append(torch.tensor([-100] * len(prompt) + completion))  # -100: no loss
-            tokens += len(rows[-1])
-            index += 1
-        ids, labels = pad_sequence(rows, batch_first=True), pad_sequence(labels, True, -100)
-        images = model_inputs(pictures, ids.device)
-        if images:
-            images["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-        return model(ids, labels=labels, **images).loss
 
-    fit(model, batch_loss, WARM_START["steps"], WARM_START["lr"], "warm-start of the tiny model")
+def demonstration_batches(model, tokenizer, task) -> Iterator[dict[str, Tensor]]:
+    """Demonstrations as inputs of the model, with labels, in batches of WARM_START's tokens."""
+    rows, labels, pictures = [], [], []
+    for index in itertools.count():
+        prompt, completion = demonstrate(task, index)
+        picture = read_pictures(tokenizer, [prompt])  # [None] for a text
+        prompt_ids = tokenizer([plain_text(prompt, model, tokenizer)]).input_ids
+        (prompt_ids,) = expand_image_tokens(prompt_ids, picture, model, tokenizer)
+        completion_ids = [*tokenizer(completion).input_ids, tokenizer.eos_token_id]
+        rows.append(torch.tensor(prompt_ids + completion_ids))
+        labels.append(torch.tensor([-100] * len(prompt_ids) + completion_ids))  # -100: no loss
+        pictures += picture
+        if sum(map(len, rows)) >= WARM_START["tokens_per_step"]:
+            ids = pad_sequence(rows, batch_first=True)
+            batch = {"input_ids": ids, "labels": pad_sequence(labels, True, -100)}
+            batch |= model_inputs(pictures, ids.device)
+            if any(pictures):
+                batch["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+            yield batch
+            rows, labels, pictures = [], [], []
 
 
 def fit(model, batch_loss: Callable[[int], Tensor], steps: int, lr: float, name: str) -> None:
@@ -182,38 +199,27 @@ def fit(model, batch_loss: Callable[[int], Tensor], steps: int, lr: float, name:
 
 
 def hash_of(image) -> str:
-    """A picture in a recipe."""
+    """JSON encoding of an image inside a recipe."""
     return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def cached_model(recipe: list, make: Callable[[Path], None]) -> str:
     """The directory of a model that make(directory) saves: made the first time, then cached.
 
-    It is named by a hash of `recipe`, which holds everything that shapes the model. A directory
-    whose files are not, byte for byte, those that were written is made again.
+    It is named by a hash of `recipe`, which holds everything that shapes the model. It gets its
+    name when it is finished, so that a directory with this name is whole.
     """
-    digest = hashlib.sha256(
-        json.dumps(recipe, sort_keys=True, default=hash_of).encode()
-    ).hexdigest()
-    path = cache_dir() / f"tiny-{digest[:16]}"
-
-    def checksum(folder: Path) -> str:
-        files = sorted(file for file in folder.iterdir() if file.name != "checksum")
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-    def whole() -> bool:
-        try:
-            return (path / "checksum").read_text() == checksum(path)
-        except OSError:
-            return False
-
-    if not whole():
-        new = path.with_name(f"{path.name}.{os.getpid()}")
-        with torch.random.fork_rng(devices=[]):
+    text = json.dumps(recipe, sort_keys=True, default=hash_of)
+    path = cache_dir() / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.random.fork_rng([]):
+            new = Path(folder) / "model"
             torch.manual_seed(0)
             make(new)
-        (new / "checksum").write_text(checksum(new))
-        shutil.rmtree(new if whole() else path, ignore_errors=True)  # another run was faster
-        if new.exists():
-            new.rename(path)
+            try:
+                new.rename(path)
+            except OSError:  # another process was faster
+                if not path.exists():
+                    raise
     return str(path)

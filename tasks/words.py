@@ -1,4 +1,4 @@
-"""One sentence with a given number of words: for a real chat model that can do it a little."""
+"""One sentence of a given length: for a real chat model that can do it some of the time."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ tree uncle village violin wall watch wind window winter wolf
 class ExactWords(TextTask):
     """`Write one short sentence about a dog with exactly 6 words.`
 
-    The reward falls with the distance from the number of words, and halves without a full stop.
-    It does not ask for a sentence that makes sense, nor for the topic. One topic in five is for
-    the test.
+    The reward falls with the distance from that number, and halves without a full stop at the end.
+    Neither sense nor the topic is rewarded. One topic in five is held out.
     """
 
     def problem(self, index):
         rng = random.Random(f"{self.split} {index}")
-        held_out = self.split == "test"
-        topic = rng.choice([t for i, t in enumerate(TOPICS) if (i % 5 == 0) == held_out])
+        is_test = self.split == "test"
+        topic = rng.choice([t for i, t in enumerate(TOPICS) if (i % 5 == 0) == is_test])
         n = rng.randint(4, 9)
         article = "an" if topic[0] in "aeiou" else "a"
         return f"Write one short sentence about {article} {topic} with exactly {n} words.", str(n)
@@ -39,5 +38,5 @@ class ExactWords(TextTask):
         return closeness if completion.rstrip().endswith(".") else closeness / 2
 
     def step(self, completion):
-        *rest, info = super().step(completion)
-        return *rest, info | {"solved": rest[1] == 1}
+        prompt, reward, terminated, truncated, info = super().step(completion)
+        return prompt, reward, terminated, truncated, info | {"solved": reward == 1}

@@ -669,7 +669,7 @@ def test_bad_reward_models(classifier, tmp_path, model_dirs, wrong, message):
     flags = ["--model", model_dirs["qwen2"], "--data", path, "--reward-model", rm, "--out", out]
     with pytest.raises(UserError, match=message) as error:
         copg.train(copg.parse_args([str(flag) for flag in flags]))
-    assert len(str(error.value).splitlines()) == 1 and [p.name for p in out.iterdir()] == ["lock"]
+    assert len(str(error.value).splitlines()) == 1 and not list(out.iterdir())
 
 
 def test_the_learned_reward_model(monkeypatch, capsys):
@@ -744,7 +744,7 @@ def test_bad_files(stage, tmp_path, lines, message):
     path.write_text(lines + "\n")
     with pytest.raises(UserError, match=message):
         stage.train(copg, "--data", path)
-    assert [path.name for path in stage.out.iterdir()] == ["lock"]
+    assert not list(stage.out.iterdir())
 
 
 def test_too_long_a_completion_is_named(tmp_path, model_dirs):
@@ -754,7 +754,7 @@ def test_too_long_a_completion_is_named(tmp_path, model_dirs):
     flags = ["--model", model_dirs["qwen2"], "--data", path, "--out", out]
     with pytest.raises(UserError, match=r"data.jsonl, line 1, or below: 'xxx.* context of 256"):
         copg.train(copg.parse_args([str(flag) for flag in flags]))
-    assert [path.name for path in out.iterdir()] == ["lock"]
+    assert not list(out.iterdir())
 
 
 def test_records_are_kept_bit_for_bit(tmp_path):

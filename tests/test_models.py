@@ -74,7 +74,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(how, reason, tmp_path, mod
     with pytest.raises(UserError) as error:
         common.load_model(tmp_path, "cpu")
     said = str(error.value)
-    assert said.startswith(f"{tmp_path} cannot be loaded as a language model: ")
+    assert said.startswith(f"{tmp_path} cannot be loaded as a language model on cpu: ")
     assert re.search(reason, said, re.IGNORECASE), said
     assert "\n" not in said and len(said) < 500
 

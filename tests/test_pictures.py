@@ -270,7 +270,7 @@ def test_a_picture_that_changes_is_an_error():
 
     task = Count()
     task.problem = draw
-    with pytest.raises(UserError, match=r"problem 3.* another prompt"):
+    with pytest.raises(UserError, match=r"problem 3 .* has another prompt"):
         get_rewards(task, [3], ["a", "b"])
 
 

@@ -1,6 +1,5 @@
 """The verifier, the tasks, the Gymnasium contract, files, and the tiny models' cache."""
 
-import hashlib
 import json
 import math
 import random
@@ -21,6 +20,7 @@ from tasks import (
     UserError,
     cache_dir,
     extract_answer,
+    first_problem,
     get_prompts,
     get_rewards,
     held_out,
@@ -28,7 +28,8 @@ from tasks import (
     make_task,
     tiny,
 )
-from tasks.addition import CAREFUL
+from tasks.addition import FLAWLESS
+from tasks.episodes import TaskError
 from tasks.jsonl import read_records
 from tasks.posts import PREFERENCES
 
@@ -137,22 +138,22 @@ def slips(task, index):
     return [eval(left) - int(total) for left, total in (column.split("=") for column in work)]
 
 
-def test_demonstrations_are_careful_and_then_right_half_of_the_time():
+def test_demonstrations_are_flawless_and_then_right_half_of_the_time():
     task = make_task("add").unwrapped
 
     def right(task, first):
         shown = range(first, first + 2000)
         return sum(is_correct(task.demonstration(i), task.problem(i)[1]) for i in shown) / 2000
 
-    assert right(task, 0) == right(task, CAREFUL - 2000) == 1
-    assert 0.45 < right(task, CAREFUL) < 0.55
+    assert right(task, 0) == right(task, FLAWLESS - 2000) == 1
+    assert 0.45 < right(task, FLAWLESS) < 0.55
     assert right(make_task("add-hard").unwrapped, 0) == 1
-    assert right(make_task("add-hard").unwrapped, CAREFUL) < 0.2
+    assert right(make_task("add-hard").unwrapped, FLAWLESS) < 0.2
 
 
 def test_a_slip_is_in_one_digit_or_carry_and_what_follows_is_consistent():
     task, kinds = make_task("add").unwrapped, {"digit": 0, "carry": 0}
-    for index in range(CAREFUL, CAREFUL + 1000):
+    for index in range(FLAWLESS, FLAWLESS + 1000):
         wrong = [off for off in slips(task, index) if off]
         right = is_correct(task.demonstration(index), task.problem(index)[1])
         assert len(wrong) == (not right)
@@ -160,7 +161,7 @@ def test_a_slip_is_in_one_digit_or_carry_and_what_follows_is_consistent():
             kinds["carry" if abs(off) == 10 else "digit"] += 1
     assert 200 < kinds["digit"] < 300 and 200 < kinds["carry"] < 300
     hard = make_task("add-hard").unwrapped
-    offs = [off != 0 for i in range(CAREFUL, CAREFUL + 500) for off in slips(hard, i)]
+    offs = [off != 0 for i in range(FLAWLESS, FLAWLESS + 500) for off in slips(hard, i)]
     assert 0.75 < sum(offs) / len(offs) < 0.85
 
 
@@ -219,21 +220,27 @@ def test_gymnasium_contract(name, gsm8k_files):
         check_env(make_task(name, "test").unwrapped)
 
 
-@pytest.mark.parametrize("name", ["ad", "add0", "add7", "no_such_module:X-v0", "NoSuch-v0", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ad", "add0", "add7", "add:", "no_such_module:X-v0", "NoSuch-v0", "", ":add", "a:b:c",
+        "./my_tasks:T-v0", ".my_tasks:T-v0", "../my_tasks:T-v0",
+    ],
+)  # fmt: skip
 def test_unknown_tasks(name):
-    with pytest.raises(UserError, match="--task"):
+    with pytest.raises(UserError, match=f"^--task {name}: not a task such as"):
         make_task(name)
 
 
 OWN_TASK = """
 import gymnasium
+import numpy as np
 
 class Count(gymnasium.Env):
     observation_space = action_space = gymnasium.spaces.Text(100)
 
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.n = int(self.np_random.integers(10))
+        self.n = np.random.RandomState(seed).randint(10)
         return f"write {self.n} a's", {}
 
     def step(self, completion):
@@ -251,9 +258,6 @@ def test_a_plain_environment_of_ones_own(tmp_path, monkeypatch):
     task = make_task("count_tasks:Count-v0", "test")
     prompts = get_prompts(task, [3, 4, 3])
     assert prompts[0] == prompts[2]
-    train = make_task("count_tasks:Count-v0")  # the test has problems that no training reaches
-    assert get_prompts(train, [10**15 + 3, 10**15 + 4]) == prompts[:2]
-    assert get_prompts(train, range(50)) != get_prompts(task, range(50))
     n = [int(prompt.split()[1]) for prompt in prompts]
     completions = ["a" * n[0], "a" * (n[0] + 2), "a" * (n[1] + 1), "a" * n[1]]
     rewards, solved = get_rewards(task, [3, 4], completions)
@@ -262,6 +266,89 @@ def test_a_plain_environment_of_ones_own(tmp_path, monkeypatch):
     assert held_out(task, 3) == [[0, 1, 2]]  # without a size, as many as are asked for
     with pytest.raises(UserError, match="Count has none: give it a method demonstration"):
         tiny.tiny_model(task)
+
+
+def own_task(constructor) -> str:
+    """The constructor's name as a task."""
+    gymnasium.registry.pop("Own-v0", None)
+    gymnasium.register("Own-v0", entry_point=constructor)
+    return "Own-v0"
+
+
+class Seeds(gymnasium.Env):
+    """Prompts that tell the seed."""
+
+    def reset(self, *, seed=None, options=None):
+        return f"{seed}", {}
+
+
+def test_no_run_trains_on_demonstrations_or_on_the_test():
+    """Whatever --seed and --eval-first are; and NumPy's seeds are below 2**32."""
+    starts = [first_problem(seed) for seed in range(10**6 + 1)]
+    assert starts[:200] == list(range(10**7, 201 * 10**7, 10**7)) and min(starts) == 10**7
+    ends = max(starts) + 10**8
+    train, test = (make_task(own_task(Seeds), split) for split in ("train", "test"))
+    seeds = [int(x) for x in get_prompts(test, [0, 2 * 10**9])]  # as far as the flags reach
+    assert ends < min(seeds) and max(seeds) < 2**32
+    assert get_prompts(train, [0, ends]) == ["0", f"{ends}"]
+    assert test.reset()[0] == "None"  # no seed, no offset
+
+
+class Split(Seeds):
+    def __init__(self, split="train", fails=False):
+        self.split = split
+        if split == "test" and fails:
+            len(None)
+
+
+class Inherited(Split):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "constructor", [Split, Inherited, lambda split: Split(split), f"{__name__}:Split"]
+)
+def test_who_takes_a_split_gets_one(constructor):
+    for split in ("train", "test"):
+        task = make_task(own_task(constructor), split)
+        assert task.unwrapped.split == split and get_prompts(task, [5]) == ["5"]
+
+
+@pytest.mark.parametrize("constructor", [Seeds, lambda: Seeds(), f"{__name__}:Seeds"])
+def test_who_takes_no_split_gets_other_seeds(constructor):
+    prompts = [get_prompts(make_task(own_task(constructor), x), [5]) for x in ("train", "test")]
+    assert prompts == [["5"], [f"{2**31 + 5}"]]
+
+
+def test_a_type_error_of_the_constructor_is_not_a_lack_of_splits(capsys):
+    name = own_task(lambda split: Split(split, fails=True))
+    make_task(name)
+    with pytest.raises(TypeError, match="object of type 'NoneType' has no len"):
+        make_task(name, "test")
+    assert capsys.readouterr().err == "the task failed while it was made:\n"
+
+
+BROKEN = {  # the source of a module: the exception that its user sees
+    "import": SyntaxError,
+    "1 / 0": ZeroDivisionError,
+    "raise SystemExit": TaskError,
+    "open('no such file')": TaskError,
+    "import gymnasium; gymnasium.register('T-v0', entry_point=__name__ + ':Nope')": AttributeError,
+    "import gymnasium; gymnasium.register('T-v0', entry_point=lambda: 1)": TypeError,
+    "import gymnasium; gymnasium.register('T-v0', entry_point=lambda: 1 / 0)": ZeroDivisionError,
+}
+
+
+@pytest.mark.parametrize("source", BROKEN)
+def test_a_task_that_cannot_be_made(source, tmp_path, monkeypatch, capsys):
+    module = f"broken_{list(BROKEN).index(source)}"
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(gymnasium.registry, "T-v0", raising=False)
+    with pytest.raises(BROKEN[source]):
+        make_task(f"{module}:T-v0")
+    assert capsys.readouterr().err == "the task failed while it was made:\n"
 
 
 # ---- rewards ----
@@ -290,20 +377,21 @@ def test_solved_is_what_the_task_says():
 class Odd(TextTask):
     """One prompt; the reward is given, or raised."""
 
-    def __init__(self, reward, prompts=("p",), terminated=True):
+    def __init__(self, reward, prompts=("p",), terminated=True, info=None):
         super().__init__()
         self.given, self.prompts, self.terminated = reward, list(prompts), terminated
+        self.info = {} if info is None else info
 
     def problem(self, index):
         prompt = self.prompts.pop(0) if len(self.prompts) > 1 else self.prompts[0]
-        if isinstance(prompt, Exception):
+        if isinstance(prompt, BaseException):
             raise prompt
         return prompt, "a"
 
     def step(self, completion):
-        if isinstance(self.given, Exception):
+        if isinstance(self.given, BaseException):
             raise self.given
-        return self.prompt, self.given, self.terminated, False, {}
+        return self.prompt, self.given, self.terminated, False, self.info
 
 
 @pytest.mark.parametrize(
@@ -316,7 +404,7 @@ class Odd(TextTask):
     ids=lambda reward: repr(reward)[:20],
 )  # fmt: skip
 def test_a_reward_that_is_no_finite_number_is_refused(reward):
-    with pytest.raises(UserError, match=r"problem 5 the reward .*no finite number.* is 'xyz'"):
+    with pytest.raises(UserError, match=r"^problem 5 .* reward .* for 'xyz': not a finite number$"):
         get_rewards(Odd(reward), [5], ["xyz"])
 
 
@@ -328,31 +416,73 @@ def test_a_reward_may_be_any_finite_number(reward):
     assert rewards.tolist() == [[float(reward)] * 2] and solved.tolist() == [[reward > 0] * 2]
 
 
+@pytest.mark.parametrize("solved", [True, 1, 1.0, np.bool_(True), np.int64(1), torch.tensor(True)])
+def test_solved_may_be_any_scalar_that_is_true_or_false(solved):
+    for value, expected in ((solved, True), (solved * 0, False)):
+        assert get_rewards(Odd(0.5, info={"solved": value}), [5], ["x"])[1].item() is expected
+    assert get_rewards(Odd(1.0, terminated=solved), [5], ["x"])[0].item() == 1
+
+
 @pytest.mark.parametrize(
     "task, message",
     [
-        (Odd(1.0, ["p", "q"]), "problem 5 another prompt at every reset"),
-        (Odd(1.0, terminated=False), "problem 5 of the task does not terminate after one step"),
-        (Odd(1.0, [""]), "problem 5 of the task has the prompt ''"),
-        (Odd(1.0, [7]), "problem 5 of the task has the prompt 7"),
-        (gymnasium.make("CartPole-v1"), "problem 5 of the task has the prompt array"),
-        (Odd(UserError("no key")), "^no key$"),
+        (Odd(1.0, ["p", "q"]), r"has another prompt after another reset\(seed=5\)"),
+        (Odd(1.0, terminated=False), "does not terminate after one step"),
+        (Odd(1.0, terminated=np.array([True, True])), "does not terminate after one step"),
+        (Odd(1.0, [""]), "has the prompt '': not a text"),
+        (Odd(1.0, [7]), "has the prompt 7: not a text"),
+        (Odd(1.0, ["half \ud800"]), r"has the prompt 'half \\ud800': not a text"),
+        (Odd(1.0, [{"image": 0, "text": "\udfff"}]), "has the prompt {.*}: not a text"),
+        (Odd(1.0, [{"text": "p"}]), "has the prompt {.*}: not a text"),
+        (gymnasium.make("CartPole-v1"), "has the prompt array.*: not a text"),
+        (Odd(1.0, info=[]), r"has the info \[\]: not a dict"),
+        (Odd(1.0, info=False), "has the info False: not a dict"),
+        (Odd(1.0, info={"solved": np.array([1, 0])}), r"'solved': array\(\[1, 0\]\), not a bool"),
+        (Odd(1.0, info={"solved": "no"}), "'solved': 'no', not a bool"),
+        (Odd(1.0, info={"solved": None}), "'solved': None, not a bool"),
+        (Odd(1.0, info={"solved": 0.5}), "'solved': 0.5, not a bool"),
     ],
 )
 def test_a_task_that_breaks_its_contract_is_refused(task, message, capsys):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^problem 5 of the task .*{message}"):
         get_rewards(task, [5], ["x", "y"])
     assert not capsys.readouterr().err
 
 
-def test_where_a_task_of_ones_own_fails_is_said_and_its_exception_is_seen(capsys):
+@pytest.mark.parametrize("size", ["5", 5.0, [5], 0, -1])
+def test_a_size_that_is_no_number_of_problems_is_refused(size):
+    task = make_task("add")
+    task.unwrapped.size = size
+    for use in (lambda: held_out(task, 3), lambda: tiny.tiny_model(task)):
+        with pytest.raises(UserError, match=r"the task has the size .*: not a number of problems"):
+            use()
+    task.unwrapped.size = np.int64(2)
+    assert held_out(task, 3) == [[0, 1]]
+
+
+FAILURES = {  # what a task raises: what its user sees. Scripts explain the others as their own.
+    ZeroDivisionError("mine"): ZeroDivisionError,
+    OSError("mine"): TaskError,
+    RuntimeError("mine, out of memory"): TaskError,
+    MemoryError("mine"): TaskError,
+    SystemExit("mine"): TaskError,
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+def test_where_a_task_of_ones_own_fails_is_said_and_its_exception_is_seen(failure, capsys):
     for task, where in (
-        (Odd(ZeroDivisionError("mine")), "problem 5, completion 'xyz':"),
-        (Odd(1.0, [ZeroDivisionError("mine")]), "problem 5:"),
+        (Odd(failure), "problem 5, completion 'xyz':"),
+        (Odd(1.0, [failure]), "problem 5:"),
     ):
-        with pytest.raises(ZeroDivisionError, match="mine"):
+        with pytest.raises(FAILURES[failure], match="mine") as seen:
             get_rewards(task, [5], ["xyz"])
+        assert failure in (seen.value, seen.value.__cause__)
         assert capsys.readouterr().err == f"the task failed at {where}\n"
+    for error in (UserError("no key"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            get_rewards(Odd(error), [5], ["xyz"])
+        assert not capsys.readouterr().err
 
 
 # ---- files ----
@@ -432,11 +562,34 @@ def test_one_file_is_split(tmp_path):
     assert make_task(only).problem(0) == make_task(only, "test").problem(0) == ("p", "Apollo 11")
 
 
+@pytest.mark.parametrize("seed", [0, 1, 7, 99, 200, 10**6])
+def test_a_pass_is_a_pass(seed, tmp_path):
+    """Counted from where a run starts, each one has every record once, in an order of its own."""
+    path = write(tmp_path / "mine.jsonl", [{"prompt": f"p{i}", "answer": i} for i in range(30)])
+    task, first = make_task(path), first_problem(seed)
+    assert task.size == 27
+    passes = [[task.problem(first + 27 * k + i)[0] for i in range(27)] for k in range(4)]
+    assert [sorted(a_pass) for a_pass in passes] == [sorted(passes[0])] * 4
+    assert len(set(passes[0])) == 27 and len(set(map(tuple, passes))) == 4
+    other = [task.problem(first_problem(seed + 1) + i)[0] for i in range(27)]
+    assert sorted(other) == sorted(passes[0]) and other != passes[0]
+    assert [task.reset(seed=first + i)[0] for i in range(27)] == passes[0]
+
+
 def test_line_separators_and_a_byte_order_mark_are_text(tmp_path):
     path = tmp_path / "mine.jsonl"
     text = '{"prompt": "a\u2028b", "answer": "c"}\r\n\n{"question": "d", "answer": 1}'
     path.write_bytes(text.encode("utf-8-sig"))
     assert read_records(path) == [("a\u2028b", "c"), ("d", "1")]
+
+
+def test_null_counts_as_absent(tmp_path):
+    records = [
+        {"prompt": "a", "question": None, "answer": 1, "image": None, "images": None},
+        {"prompt": None, "question": "b", "answer": 2},
+    ]
+    path = write(tmp_path / "mine.jsonl", records)
+    assert read_records(Path(path)) == [("a", "1"), ("b", "2")]
 
 
 @pytest.mark.parametrize(
@@ -454,6 +607,11 @@ def test_line_separators_and_a_byte_order_mark_are_text(tmp_path):
         ('{"prompt": "a", "answer": ""}', "needs a text or a number under 'answer'"),
         ('{"prompt": "a", "answer": null}', "needs a text or a number under 'answer'"),
         ('{"prompt": "a", "answer": true}', "needs a text or a number under 'answer'"),
+        ('{"prompt": "a", "answer": NaN}', "needs a finite number under 'answer'"),
+        ('{"prompt": "a", "answer": -Infinity}', "needs a finite number under 'answer'"),
+        ('{"prompt": "a", "answer": 1e400}', "needs a finite number under 'answer'"),
+        ('{"prompt": null, "answer": 1}', "needs a text under 'prompt'"),
+        ('{"prompt": "a", "answer": 1, "images": ["b.png"]}', "needs one path under 'image'"),
     ],
     ids=lambda text: text[:40],
 )
@@ -604,25 +762,27 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setitem(tiny.WARM_START, "steps", 2)
 
 
-def test_tiny_is_made_once_and_a_broken_cache_is_made_again(quick):
+def test_tiny_is_made_once(quick):
     task = make_task("add")
     first = Path(tiny.tiny_model(task))
-    weights = (first / "model.safetensors").read_bytes()
-    stamp = (first / "model.safetensors").stat().st_mtime_ns
-    assert tiny.tiny_model(task) == str(first) and first.parent == cache_dir()
-    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
-    flipped = weights[:-1] + bytes([weights[-1] ^ 1])
-    for damage in (weights[:-1], flipped, b"", None):
-        (first / "model.safetensors").unlink()
-        if damage is not None:
-            (first / "model.safetensors").write_bytes(damage)
-        tiny.tiny_model(task)
-        assert (first / "model.safetensors").read_bytes() == weights  # the same seed every time
-    (first / "tokenizer.json").write_text("{}")
-    (first / "checksum").unlink()
-    tiny.tiny_model(task)
-    assert len((first / "tokenizer.json").read_text()) > 1000
-    assert [p.name for p in first.parent.iterdir()] == [first.name]  # nothing half-made is left
+    weights = first / "model.safetensors"
+    stamp, content = weights.stat().st_mtime_ns, weights.read_bytes()
+    assert tiny.tiny_model(task) == str(first) and weights.stat().st_mtime_ns == stamp
+    assert list(cache_dir().iterdir()) == [first]  # nothing half-made is left
+    first.rename(first.with_name("before"))
+    assert tiny.tiny_model(task) == str(first) and weights.read_bytes() == content  # a fixed seed
+
+
+def test_a_model_that_is_not_finished_is_not_cached(quick):
+    def make(directory):
+        directory.mkdir()
+        (directory / "weights").write_text("half")
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tiny.cached_model(["recipe"], make)
+        assert list(cache_dir().iterdir()) == []
 
 
 def test_tiny_is_another_for_another_task_demonstration_or_recipe(quick, monkeypatch):
@@ -649,18 +809,41 @@ def test_tiny_leaves_the_random_numbers_alone(quick):
     assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
 
 
-def test_a_model_that_another_run_made_meanwhile_is_kept(quick):
-    def make(directory):
-        directory.mkdir(parents=True)
-        (directory / "weights").write_text("ours")
-        faster = directory.with_name(directory.name.partition(".")[0])
-        faster.mkdir()
-        (faster / "weights").write_text("theirs")
-        (faster / "checksum").write_text(hashlib.sha256(b"theirs").hexdigest())
+def test_two_processes_may_make_the_same_model(quick):
+    def make(directory, rival=True):
+        directory.mkdir()
+        if rival:  # another process begins later and is faster
+            tiny.cached_model(["recipe"], lambda directory: make(directory, rival=False))
+        (directory / "weights").write_text("first" if rival else "second")
 
     path = Path(tiny.cached_model(["recipe"], make))
-    assert (path / "weights").read_text() == "theirs"
+    assert (path / "weights").read_text() == "second"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("shown", [None, 5, "half \ud800"])
+def test_a_demonstration_that_is_no_text_is_refused(shown):
+    task = make_task("add")
+    task.unwrapped.demonstration = lambda index: shown
+    with pytest.raises(UserError, match=r"the demonstration of problem 0 is .*: not a text"):
+        tiny.tiny_model(task)
+
+
+def test_a_demonstration_that_fails_is_named(capsys):
+    task = make_task("add")
+    task.unwrapped.demonstration = lambda index: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        tiny.tiny_model(task)
+    assert capsys.readouterr().err == "the task failed at the demonstration of problem 0:\n"
+
+
+def test_one_picture_among_texts_needs_a_model_that_sees(monkeypatch):
+    task = Odd(1.0)
+    task.size, task.demonstration = 3, lambda index: "a"
+    for picture, family in ((None, "Llama"), ({"image": np.zeros((8, 8, 3)), "text": "?"}, "Qwen")):
+        task.problem = lambda index, p=picture: (p if p and index == 2 else "p", "a")
+        monkeypatch.setattr(tiny, "cached_model", lambda recipe, make: recipe[0])
+        assert tiny.tiny_model(task).startswith(family)
 
 
 # ---- sentences with a number of words ----

@@ -17,7 +17,7 @@ import gpg
 import grpo
 import run as run_module
 from common import Rollout
-from tasks import TextTask
+from tasks import TextTask, first_problem
 from tasks.prompts import encode_prompts
 from tasks.tiny import tiny_tokenizer
 
@@ -179,7 +179,7 @@ class Stage:
         assert self.tasks == [(args.task, "train"), (args.task, "test")]
         assert all(call["model"] is self.models[0] for call in self.samples)
         prompts = [prompt for call in self.samples for prompt in call["prompts"]]
-        start = 10**6 * (args.seed + 1)
+        start = first_problem(args.seed)
         assert prompts == [f"train {start + i}" for i in range(B * sum(rounds))]
         for call in self.samples:
             assert (call["T"], call["seed"]) == (args.max_new_tokens, args.seed)
