@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_train import ManyAs, Stage, run_script
+from helpers import ManyAs, gradient, run_script
+from test_train import Stage
 
 import common
 import copg
@@ -137,12 +138,6 @@ def batch(small):
     model, tokenizer = small
     rollout = common.sample(model, tokenizer, ["7", "12+5=", "a longer one: ", "1+1="], 4, 12)
     return model.double(), rollout
-
-
-def gradient(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def whole_batch_gradient(model, rollout):
