@@ -215,7 +215,8 @@ def test_rollouts_that_are_joined_shuffled_and_cut_score_as_before(small):
     order = torch.randperm(15)
     shuffled = joined.select(order)
     close(completion_logprobs(model, shuffled), joined.logprobs[order], 1e-4)
-    assert torch.equal(shuffled.truncated, joined.truncated[order])
+    for name in ("truncated", "group"):
+        assert torch.equal(getattr(shuffled, name), getattr(joined, name)[order])
     assert shuffled.texts == [joined.texts[i] for i in order]
     first = joined.select(torch.arange(15) == 0)  # of "7": the columns of longer rows are gone
     n = int(joined.completion_mask[0].sum())
