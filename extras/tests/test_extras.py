@@ -221,7 +221,10 @@ def test_alpha_changes_the_length_of_the_expected_update_only():
     for beta_th in (0.0, 0.6):
         assert spread(extras_alpha.update(extras_alpha.P, 16, beta_th=beta_th)["mean"]) < 1e-12
     assert spread(extras_alpha.update(extras_alpha.P, 16, "std")["mean"]) > 0.2
-    assert spread(extras_alpha.update_of_sorted_batches(extras_alpha.P, 16, True)) > 1
+    sorted_batches = extras_alpha.update_of_sorted_batches(extras_alpha.P, 16, True)
+    assert spread(sorted_batches) > 1
+    weights = sorted_batches / true * len(true)
+    np.testing.assert_allclose(weights, [5.42, 1.54, 0.88, 2.60], rtol=5e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
