@@ -155,7 +155,6 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('pictures of the wrong group', 'common.py', '[image for image in images for _ in range(G)]', '[image for _ in range(G) for image in images]', 'pictures'),
     ('pictures of the first rows', 'common.py', '[self.pictures[i] for i in index.tolist()]', 'self.pictures[: len(index)]', 'pictures'),
     ('lists of the rollouts in reverse', 'common.py', '[x for value in values for x in value]', '[x for value in values[::-1] for x in value]', 'pictures'),
-    ('positions of the first shared prompts', 'common.py', 'next_position(position)[prompt_of]', 'next_position(position)[prompt_of.sort().values]', 'pictures'),
     ('the last row of a group stands for it', 'common.py', 'r.select(sizes.cumsum(0) - sizes)', 'r.select(sizes.cumsum(0) - sizes[0])', 'sampling'),
     ('a sampled image token is no end', 'common.py', '    ids.append(getattr(model.config, "image_token_id", None))\n', '', 'pictures'),
     ('a sampled image token takes a picture', 'tasks/pictures.py', 'ids.masked_fill(ids == image_id, 0)', 'ids', 'pictures'),
