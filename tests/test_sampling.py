@@ -59,7 +59,7 @@ def test_eos_is_in_the_mask_and_in_no_text_and_nothing_follows_it(loaded):
     model, tokenizer = loaded
     stop, ends = common.stop_token_ids(model, tokenizer), set()
     rollout = sample(model, tokenizer, PROMPTS, 64, 24)
-    assert 0.02 < rollout.truncated.float().mean() < 0.98  # some rows end early, some do not
+    assert rollout.truncated.any() and not rollout.truncated.all()
     for i, text in enumerate(rollout.texts):
         mask, ids = rollout.completion_mask[i], rollout.completion_ids[i].tolist()
         n = int(mask.sum())
