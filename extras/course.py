@@ -116,12 +116,13 @@ def run_limited(command: list[str], cwd: Path, seconds: float) -> str:
     return "" if status == 0 else f"the process ended with status {status}"
 
 
-def outcomes(name: str, key: str, folder: Path, seed: int) -> list[dict] | str:
-    """What the cases of a question give with the files of a folder; or what went wrong."""
+def outcomes(name: str, key: str, seed: int, *folders: Path) -> list[list[dict]] | str:
+    """What the cases of a question give with the files of each folder; or what went wrong."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.json"
-        probe = [sys.executable, str(TEXTS / "probe.py"), name, key, str(folder), str(seed)]
-        problem = run_limited([*probe, str(out)], Path(scratch), SECONDS)
+        command = [sys.executable, str(TEXTS / "probe.py"), name, key, str(seed), str(out)]
+        seconds = SECONDS * len(folders)
+        problem = run_limited([*command, *map(str, folders)], Path(scratch), seconds)
         try:
             return json.loads(out.read_text())
         except (OSError, ValueError):
@@ -130,24 +131,25 @@ def outcomes(name: str, key: str, folder: Path, seed: int) -> list[dict] | str:
 
 @functools.cache
 def expected(name: str, key: str, seed: int) -> list[dict]:
-    found = outcomes(name, key, ROOT, seed)
-    if isinstance(found, str) or any("error" in outcome for outcome in found):
+    """What the finished code gives."""
+    found = outcomes(name, key, seed, ROOT)
+    if isinstance(found, str) or any("error" in outcome for outcome in found[0]):
         raise RuntimeError(f"{name} {key}: the finished code fails: {found}")
-    return found
+    return found[0]
 
 
 @functools.cache
-def mistaken(name: str, key: str, mistake: str, seed: int) -> list[dict]:
-    """What a known mistake gives."""
-    right, wrong, _ = MISTAKES[name][key][mistake]
-    file = questions(name)[key].file
+def mistaken(name: str, key: str, seed: int) -> dict[str, list[dict]]:
+    """What each known mistake gives."""
+    mistakes, file = MISTAKES[name].get(key, {}), questions(name)[key].file
     source = (ROOT / file).read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / file
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(source.replace(right, wrong), encoding="utf-8")
-        found = outcomes(name, key, Path(folder), seed)
-    return found if isinstance(found, list) else []
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / str(i) for i in range(len(mistakes))]
+        for folder, (right, wrong, _) in zip(folders, mistakes.values(), strict=True):
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).write_text(source.replace(right, wrong), encoding="utf-8")
+        found = outcomes(name, key, seed, *folders)
+    return {} if isinstance(found, str) else dict(zip(mistakes, found, strict=True))
 
 
 def agree(a: dict, b: dict, tolerance: float) -> bool:
@@ -220,9 +222,10 @@ def grade_question(name: str, key: str, folder: Path) -> tuple[float, str]:
     question = questions(name)[key]
     if not (folder / question.file).exists():
         return 0.0, f"{question.file} is missing."
-    got, right = outcomes(name, key, folder, HIDDEN_SEED), expected(name, key, HIDDEN_SEED)
+    got, right = outcomes(name, key, HIDDEN_SEED, folder), expected(name, key, HIDDEN_SEED)
     if isinstance(got, str):
         return 0.0, f"Your code could not be graded: {got}."
+    (got,) = got
     cases = question.cases(HIDDEN_SEED)
     passed = [agree(a, b, c.tolerance) for a, b, c in zip(got, right, cases, strict=True)]
     parts = {}
@@ -238,7 +241,7 @@ def grade_question(name: str, key: str, folder: Path) -> tuple[float, str]:
             shown += 1
             yours = a.get("error") or brief(a["value"])
             lines.append(f"- {case.label}\n  expected: {brief(b['value'])}\n  yours:    {yours}")
-    for mistake in known_mistakes(name, key, got, right, cases):
+    for mistake in known_mistakes(name, key, got, right, cases) if share < 1 else ():
         hint = MISTAKES[name][key][mistake][2]
         lines.append(f'Your code behaves like a known mistake, "{mistake}": {hint}')
     return share, "\n".join(lines)
@@ -247,9 +250,8 @@ def grade_question(name: str, key: str, folder: Path) -> tuple[float, str]:
 def known_mistakes(name: str, key: str, got: list, right: list, cases: list) -> list[str]:
     """The mistakes whose every deviation from the finished code the submission shows, too."""
     found = []
-    for mistake in MISTAKES[name].get(key, {}):
-        wrong = mistaken(name, key, mistake, HIDDEN_SEED)
-        rows = list(zip(got, right, wrong, cases, strict=True)) if wrong else []
+    for mistake, wrong in mistaken(name, key, HIDDEN_SEED).items():
+        rows = list(zip(got, right, wrong, cases, strict=True))
         shows = [row for row in rows if not agree(row[2], row[1], row[3].tolerance)]
         if shows and all(agree(a, w, c.tolerance) for a, _, w, c in shows):
             found.append(mistake)
@@ -431,9 +433,9 @@ def text_of(name: str) -> str:
     for key, (title, points, _) in CONTRACT.items() if name == "A6" else ():
         text = text.replace(f"## {key}\n", f"## {key}. {title} ({points} points)\n")
     rows = [
-        f"`python written.py {name} YOUR_ID` prints these questions with your own numbers. Put your "
-        "id and the answers into `answers.json`, as numbers with four digits or more. On Gradescope "
-        "your id is the email address with which you are registered.\n"
+        f"`python written.py {name} YOUR_ID` prints these questions with your own numbers. Put "
+        "your id and the answers into `answers.json`, as numbers with four digits or more. On "
+        "Gradescope your id is the email address with which you are registered.\n"
     ]
     for key, points in written_points(name).items():
         rows.append(f"- **{key}** ({points} points): {written.QUESTIONS[name][key][0]}")

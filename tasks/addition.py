@@ -8,7 +8,7 @@ import zlib
 from .base import TextTask
 from .verifier import is_correct
 
-FLAWLESS = 18_000  # the first demonstrations, without slips
+FLAWLESS = 18_000  # demonstrations before this one contain no mistakes
 
 
 class Addition(TextTask):

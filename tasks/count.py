@@ -17,7 +17,7 @@ COLOURS = {
     "yellow": (240, 210, 40),
 }
 SIDE, CELL = 3, 8  # a picture has SIDE x SIDE squares of CELL x CELL pixels
-FLAWLESS = 20_000  # the first demonstrations, without slips
+FLAWLESS = 20_000  # demonstrations before this one contain no mistakes
 
 
 class Count(TextTask):

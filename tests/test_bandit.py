@@ -243,6 +243,7 @@ def test_minimising_l_runs_away(monkeypatch):
 # ---- the environment, the data, the training ----
 
 
+@pytest.mark.filterwarnings("ignore")  # gymnasium's own checks
 def test_environment():
     env = bandit.ThreeArmedBandit()
     check_env(env)

@@ -101,23 +101,6 @@ def test_gradient_raises_what_was_better():
     assert logits.grad[:, 0, 0].tolist() == pytest.approx([-0.125, 0.125], abs=1e-12)
 
 
-def test_expected_gradient_is_that_of_the_expected_reward():
-    """A policy over 3 tokens, groups of 2, every group enumerated: the mean gradient of the loss is
-    -(G - 1) / G times the gradient of E[r], since the group's mean includes the sample itself."""
-    theta = torch.tensor([0.3, -0.2, 0.5], dtype=torch.double, requires_grad=True)
-    reward = torch.tensor([1.0, 0.0, 0.4]).double()
-    (exact,) = torch.autograd.grad((theta.softmax(0) * reward).sum(), theta)
-    mean = torch.zeros(3).double()
-    probs = theta.softmax(0).detach()
-    for i in range(3):
-        for j in range(3):
-            pair = torch.tensor([i, j])
-            advantages = group_advantages(reward[pair][None]).flatten()
-            loss = gpg_loss(theta.log_softmax(0)[pair][:, None], advantages, torch.ones(2, 1))
-            mean += probs[i] * probs[j] * torch.autograd.grad(loss, theta)[0]
-    torch.testing.assert_close(mean, -exact / 2, atol=1e-12, rtol=0)
-
-
 def brute_force_loss(logprobs, rewards, mask, alpha):
     """Eq. 5 to 8 as loops."""
     B, G = rewards.shape
@@ -158,17 +141,6 @@ def test_loss_and_gradient_equal_brute_force(batch):
     expected = gradient(model, brute)
     assert expected.norm() > 1e-2
     torch.testing.assert_close(whole_batch_gradient(model, rollout), expected, atol=1e-10, rtol=0)
-
-
-def test_alpha_undoes_the_dilution_exactly_for_equal_lengths():
-    """Then alpha times the loss of all groups is the loss of the valid groups alone."""
-    logprobs = torch.randn(16, 6).double()
-    mask, advantages = torch.ones(16, 6), group_advantages(REWARDS).flatten()
-    valid = is_valid(REWARDS).repeat_interleave(4)
-    alone = gpg_loss(logprobs[valid], advantages[valid], mask[valid])
-    alpha = gradient_scale(REWARDS)
-    torch.testing.assert_close(gpg_loss(logprobs, advantages, mask, alpha), alone)
-    assert not torch.isclose(gpg_loss(logprobs, advantages, mask), alone)
 
 
 def test_eos_is_trained(small):

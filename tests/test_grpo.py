@@ -9,7 +9,6 @@ from test_gpg import RATES, REWARDS, SMALL, Variety
 from test_train import Bigrams, Stage
 
 import common
-import gpg
 import grpo
 from grpo import batch_total, group_advantages, grpo_loss, is_clipped, kl_k3, minibatches
 from tasks import UserError
@@ -210,21 +209,6 @@ def test_loss_and_gradient_equal_brute_force(batch, aggregate):
     logprobs = common.completion_logprobs(model, rollout)
     ours = grpo_loss(logprobs, old, advantages, mask, 0.2, 0.28, ref, 0.3, aggregate)
     torch.testing.assert_close(gradient(model, ours), expected, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("scale, f_norm", [("none", "1"), ("std", "std")])
-def test_at_ratio_1_the_gradient_is_gpgs(batch, scale, f_norm):
-    """mu = 1, no KL, the mean over tokens: what is left of GRPO is GPG with alpha = 1."""
-    model, rollout = batch
-    mask = rollout.completion_mask
-    logprobs = common.completion_logprobs(model, rollout)
-    plain = gpg.gpg_loss(logprobs, gpg.group_advantages(REWARDS, f_norm).flatten(), mask)
-    expected = gradient(model, plain)
-    logprobs = common.completion_logprobs(model, rollout)
-    advantages = group_advantages(REWARDS, scale).flatten()
-    loss = grpo_loss(logprobs, logprobs.detach(), advantages, mask, aggregate="token")
-    assert expected.norm() > 1e-2
-    torch.testing.assert_close(gradient(model, loss), expected, atol=1e-12, rtol=0)
 
 
 def test_minibatches():

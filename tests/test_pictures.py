@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
 from helpers import close, gradient, naive_logprobs
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -157,7 +156,6 @@ def test_a_chat_template_gets_its_pictures(sees):
 
 def test_count():
     """The picture shows the squares, and half of the later demonstrations have a slip."""
-    check_env(make_task("count", "test").unwrapped)
     task = make_task("count")
     (prompt,), (squares, asked) = get_prompts(task, [7]), task.unwrapped.squares(7)
     colours = np.array([[COLOURS[colour] for colour in row] for row in squares])
@@ -262,16 +260,6 @@ def test_bad_pictures(tmp_path, content, monkeypatch):
     source = {"folder": tmp_path, "uri": "data:image/png;base64,AAA"}.get(content, path)
     with pytest.raises(UserError, match=r"^x: its picture cannot be read \(.+\)$"):
         read_image(str(source), "x")
-
-
-def test_a_picture_that_changes_is_an_error():
-    def draw(index):
-        return {"image": picture(8, 8, np.random.randint(10**6)), "text": "?"}, "1"
-
-    task = Count()
-    task.problem = draw
-    with pytest.raises(UserError, match=r"problem 3 .* has another prompt"):
-        get_rewards(task, [3], ["a", "b"])
 
 
 def test_text_only_models_refuse_pictures(small):

@@ -75,12 +75,6 @@ def test_eos_is_in_the_mask_and_in_no_text_and_nothing_follows_it(loaded):
     assert rollout.truncated.all() and rollout.completion_mask.all()
 
 
-def test_what_a_chat_template_writes_after_an_answer_ends_a_completion(small):
-    model, tokenizer = small
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}"
-    assert common.stop_token_ids(model, tokenizer) == [256, 257]
-
-
 def test_masks_come_from_the_sampler_not_from_the_values_of_tokens(small):
     """A pad token that is the EOS changes nothing, nor do EOS and pad tokens inside a prompt."""
     model, tokenizer = small

@@ -89,10 +89,10 @@ def samples(seed: int) -> list[Case]:
                 ids.shape[1] == int(lengths.max()),
                 bool((lengths[rollout.truncated] == 12).all()),
             ]
-        texts = [row[:n].tolist() for row, n in zip(ids, lengths - (~rollout.truncated).long())]
-        groups = [
-            tokenizer.decode(p[m]) for p, m in zip(rollout.prompt_ids, rollout.prompt_mask.bool())
-        ]
+        ends = lengths - (~rollout.truncated).long()
+        texts = [row[:n].tolist() for row, n in zip(ids, ends, strict=True)]
+        prompts = zip(rollout.prompt_ids, rollout.prompt_mask.bool(), strict=True)
+        groups = [tokenizer.decode(ids[mask]) for ids, mask in prompts]
         decoded = tokenizer.batch_decode(texts, skip_special_tokens=True)
         return [rollout.texts == decoded, groups == [p for p in PROMPTS for _ in range(8)]]
 

@@ -1,6 +1,6 @@
 """What a question asks of a module: calls, and what they return. Runs in a process of its own.
 
-    python extras/assignments/probe.py A3 Q1 FOLDER SEED OUT    the functions of Q1 from FOLDER
+    python extras/assignments/probe.py A3 Q1 SEED OUT FOLDER ...     the functions of Q1 from FOLDER
 
 A student's module is imported as it is, so that everything Python allows works. The functions of
 the other questions in it are replaced by the reference's: a mistake costs only its own question.
@@ -156,19 +156,20 @@ def outcome(case: Case, module) -> dict:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def main(assignment: str, key: str, folder: str, seed: str, out: str) -> None:
+def main(assignment: str, key: str, seed: str, out: str, *folders: str) -> None:
+    """Writes a list of outcomes for each folder."""
     torch.set_num_threads(1)
     questions = importlib.import_module(assignment.lower()).QUESTIONS
-    cases = questions[key].cases(int(seed))
-    try:
-        module = prepared(questions, key, Path(folder).resolve())
-    except (Exception, SystemExit) as error:
-        results = [
-            {"error": f"your file cannot be imported: {type(error).__name__}: {error}"[:300]}
-        ]
-        results *= len(cases)
-    else:
-        results = [outcome(case, module) for case in cases]
+    results = []
+    for folder in folders:
+        cases = questions[key].cases(int(seed))
+        try:
+            module = prepared(questions, key, Path(folder).resolve())
+        except (Exception, SystemExit) as error:
+            problem = f"your file cannot be imported: {type(error).__name__}: {error}"
+            results.append([{"error": problem[:300]}] * len(cases))
+        else:
+            results.append([outcome(case, module) for case in cases])
     Path(out).write_text(json.dumps(results))
 
 

@@ -31,7 +31,8 @@ QUESTIONS = {  # assignment: question: (text, the numbers of a student)
     "A1": {
         "W1": (
             "The data come from mu1 and mu2 below; rewards, reference and beta are those of the "
-            "file. What is the regret of the policy where pg-value ends in the limit?",
+            "file. What is the regret of the policy to which gradient descent on the expected "
+            "pg-value loss converges?",
             lambda rng: {"mu1": arms(rng), "mu2": arms(rng)},
         ),
         "W2": (
@@ -84,7 +85,7 @@ QUESTIONS = {  # assignment: question: (text, the numbers of a student)
             lambda rng: clip_numbers(rng),
         ),
         "W2": (
-            "What is the derivative of J by the ratio? (Other numbers than in W1.)",
+            "What is the derivative of J with respect to the ratio? (Other numbers than in W1.)",
             lambda rng: clip_numbers(rng),
         ),
         "W3": (
