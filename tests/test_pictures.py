@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import close, gradient, naive_logprobs
+from helpers import close, gradient, naive_logprobs, run_script
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -219,16 +219,14 @@ def test_given_completions_are_scored_with_their_pictures(tiny_directory):
 @pytest.mark.parametrize("script", ["gpg", "grpo", "copg"])
 def test_a_script_trains_and_goes_on(script, tiny_directory, tmp_path, monkeypatch):
     """From a checkpoint, which has the image processor, and from copg.py's data."""
-    monkeypatch.setattr("run.draw_curves", lambda *_: None)  # slow
-    module, out = importlib.import_module(script), str(tmp_path / "run")
-    flags = ["--model", tiny_directory, "--task", "count", "--prompts", "2", "--eval-problems", "3"]
-    flags += ["--max-new-tokens", "6", "--out", out]
-    flags += ["--pairs", "8"] if script == "copg" else ["--group-size", "3"]
-    module.train(module.parse_args([*flags, "--steps", "1"]))
-    module.train(module.parse_args(["--resume", out, "--steps", "2"]))
+    module, task = importlib.import_module(script), make_task("count")
+    flags = ["--task", "count", "--steps", 1]
+    flags += ["--pairs", 8] if script == "copg" else ["--group-size", 3]
+    run, _ = run_script(module, tmp_path, monkeypatch, tiny_directory, task, *flags)
+    module.train(module.parse_args(["--resume", str(run.dir), "--steps", "2"]))
     if script == "copg":
-        record = read_records(tmp_path / "run/data.jsonl")[3]
-        (prompt,) = get_prompts(make_task("count"), [3])
+        record = read_records(run.dir / "data.jsonl")[3]
+        (prompt,) = get_prompts(task, [3])
         assert record.prompt["text"] == prompt["text"]
         assert np.array_equal(read_image(record.prompt["image"], "x"), prompt["image"])
 
