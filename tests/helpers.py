@@ -86,23 +86,23 @@ class ManyAs(TextTask):
         return completion.count("a") / 8
 
 
-def read_metrics(directory) -> list[dict[str, float]]:
+def metrics(run) -> list[dict[str, float]]:
     """The rows of a run's metrics.csv, without their empty cells."""
-    lines = (directory / "metrics.csv").read_text().splitlines()
-    names, *rows = [line.split(",") for line in lines]
+    names, *rows = [line.split(",") for line in (run.dir / "metrics.csv").read_text().splitlines()]
     rows = [zip(names, row, strict=True) for row in rows]
     return [{name: float(value) for name, value in row if value} for row in rows]
 
 
-def run_script(script, monkeypatch, model_dir, out, task: TextTask, *flags):
+def run_script(script, tmp_path, monkeypatch, model_dir, task: TextTask, *flags):
     """Train with a script (its module) on a task object: three short steps, or what flags say.
 
-    Gives the run and the rows of its metrics.csv.
+    Gives the run and the rows of its metrics.csv, without that of step 0.
     """
     monkeypatch.setattr(script, "make_task", lambda name, split="train": task)
     monkeypatch.setattr("run.draw_curves", lambda *_: None)  # slow
     small = ["--max-new-tokens", 8, "--steps", 3, "--prompts", 4]
     small += ["--eval-problems", 4, "--eval-samples", 2]
-    flags = ["--model", model_dir, "--out", out, *small, *flags]
-    run = script.train(script.parse_args([str(flag) for flag in flags]))
-    return run, read_metrics(run.dir)
+    small += ["--out", tmp_path / f"run{len(list(tmp_path.iterdir()))}"]
+    flags = [str(flag) for flag in ["--model", model_dir, *small, *flags]]
+    run = script.train(script.parse_args(flags))
+    return run, metrics(run)[1:]

@@ -7,7 +7,8 @@ from statistics import mean, stdev
 
 import pytest
 import torch
-from test_train import Bigrams, ManyAs, Numbered, Row, Stage, metrics, run_script
+from helpers import ManyAs, metrics, run_script
+from test_train import Bigrams, Numbered, Row, Stage
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import gradient
-from test_train import ManyAs, Stage, run_script
+from helpers import ManyAs, gradient, run_script
+from test_train import Stage
 
 import common
 import copg

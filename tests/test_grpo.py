@@ -4,9 +4,9 @@ from statistics import mean
 
 import pytest
 import torch
-from helpers import gradient
+from helpers import ManyAs, gradient, run_script
 from test_gpg import RATES, REWARDS, SMALL, Variety
-from test_train import Bigrams, ManyAs, Stage, run_script
+from test_train import Bigrams, Stage
 
 import common
 import grpo

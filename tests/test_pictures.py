@@ -7,8 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
-from helpers import close, gradient, naive_logprobs
+from helpers import close, gradient, naive_logprobs, run_script
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -21,22 +20,11 @@ from tasks.pairs import Record, read_records
 from tasks.pictures import data_uri, read_image
 from tasks.prompts import encode_prompts
 
-TEXT = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]},
-}  # fmt: skip
-VISION = {
-    "depth": 2, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "hidden_size": 32,
-    "initializer_range": 0.3,
-}  # fmt: skip
-FAMILIES = {
-    "qwen2_vl": (TEXT, VISION | {"embed_dim": 32, "mlp_ratio": 2}),
-    "qwen2_5_vl": (TEXT, VISION | {"intermediate_size": 64, "out_hidden_size": 32,
-                                   "window_size": 16, "fullatt_block_indexes": [1]}),
-    "qwen3_vl": (tiny.TINY_TEXT | {"initializer_range": 0.3},
-                 tiny.TINY_VISION | {"initializer_range": 0.3}),
-}  # fmt: skip
+FAMILIES = {  # what their vision towers need beside TINY_VISION
+    "qwen2_vl": {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2},
+    "qwen2_5_vl": {"window_size": 16, "fullatt_block_indexes": [1]},
+    "qwen3_vl": {},
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -46,8 +34,9 @@ def sees(request):
     ids = {"eos_token_id": 256, "pad_token_id": 257}
     config = tiny.tiny_vision_model(tokenizer, ids).config  # also prepares the tokenizer
     ids |= {name: x for name, x in vars(config).items() if name.endswith("token_id")}
-    text, vision = FAMILIES[request.param]
-    text = text | ids | {"vocab_size": len(tokenizer)}
+    spread = {"initializer_range": 0.3}
+    text = tiny.TINY_TEXT | spread | ids | {"vocab_size": len(tokenizer)}
+    vision = tiny.TINY_VISION | spread | FAMILIES[request.param]
     config = AutoConfig.for_model(request.param, text_config=text, vision_config=vision, **ids)
     torch.manual_seed(0)
     return AutoModelForImageTextToText.from_config(config).eval(), tokenizer
@@ -85,13 +74,13 @@ def test_greedy_equals_generate(sees):
     model, tokenizer = sees
     for prompt in PROMPTS:
         rollout = sample(model, tokenizer, [prompt], 1, 8, 0)
-        kinds = (rollout.prompt_ids == model.config.image_token_id).int()
-        inputs = rollout.pictures[0] or {}
-        inputs = inputs | {"mm_token_type_ids": kinds} if inputs else {}
+        inputs, ids = rollout.pictures[0] or {}, rollout.prompt_ids
+        if inputs:
+            inputs = inputs | {"mm_token_type_ids": (ids == model.config.image_token_id).int()}
         model.base_model.rope_deltas = None  # of the prompt before
-        ids = model.generate(rollout.prompt_ids, max_new_tokens=8, do_sample=False, **inputs)
-        expected = ids[0, rollout.prompt_ids.shape[1] :].tolist()
-        assert rollout.completion_ids[0].tolist() == expected[: rollout.completion_ids.shape[1]]
+        expected = model.generate(ids, max_new_tokens=8, do_sample=False, **inputs)
+        expected = expected[:, ids.shape[1] :][:, : rollout.completion_ids.shape[1]]
+        assert torch.equal(rollout.completion_ids, expected)
 
 
 def test_the_picture_matters(sees):
@@ -167,7 +156,6 @@ def test_a_chat_template_gets_its_pictures(sees):
 
 def test_count():
     """The picture shows the squares, and half of the later demonstrations have a slip."""
-    check_env(make_task("count", "test").unwrapped)
     task = make_task("count")
     (prompt,), (squares, asked) = get_prompts(task, [7]), task.unwrapped.squares(7)
     colours = np.array([[COLOURS[colour] for colour in row] for row in squares])
@@ -192,30 +180,27 @@ def tiny_directory(tmp_path_factory):
         return tiny.tiny_model(make_task("count"))
 
 
+class Few(Count):
+    """How many of 2 x 2 squares are red? Chance is .3."""
+
+    def squares(self, index):
+        rng = random.Random(f"{self.split} {index}")
+        return [[rng.choice(["red", "blue"]) for _ in range(2)] for _ in range(2)], "red"
+
+    def demonstration(self, index):
+        return self.problem(index)[1]
+
+
 def test_a_trained_model_needs_its_picture(monkeypatch):
-    """How many of 2 x 2 squares are red? Learnt in a few seconds, and lost with a blank picture or
-    with that of the next problem: chance is .3."""
-
-    class Few(Count):
-        def squares(self, index):
-            rng = random.Random(f"{self.split} {index}")
-            return [[rng.choice(["red", "blue"]) for _ in range(2)] for _ in range(2)], "red"
-
-        def demonstration(self, index):
-            return str(sum(row.count("red") for row in self.squares(index)[0]))
-
+    """Learnt in a few seconds, and lost with the picture of the next problem."""
     monkeypatch.setattr(tiny, "WARM_START", {"steps": 30, "tokens_per_step": 512, "lr": 4e-3})
     task, problems = Few(), list(range(10**6, 10**6 + 100))
     model, tokenizer = common.load_model("tiny", "cpu", task)
     shown = get_prompts(task, problems)
-
-    def accuracy(prompts):
+    for prompts, learnt in ((shown, True), (shown[1:] + shown[:1], False)):
         texts = sample(model, tokenizer, prompts, 1, 4, 0).texts
-        return get_rewards(task, problems, texts)[0].mean().item()
-
-    assert accuracy(shown) > 0.95
-    assert accuracy(shown[1:] + shown[:1]) < 0.5
-    assert accuracy([prompt | {"image": 0 * prompt["image"]} for prompt in shown]) < 0.5
+        accuracy = get_rewards(task, problems, texts)[0].mean()
+        assert accuracy > 0.95 if learnt else accuracy < 0.5
 
 
 def test_given_completions_are_scored_with_their_pictures(tiny_directory):
@@ -234,16 +219,14 @@ def test_given_completions_are_scored_with_their_pictures(tiny_directory):
 @pytest.mark.parametrize("script", ["gpg", "grpo", "copg"])
 def test_a_script_trains_and_goes_on(script, tiny_directory, tmp_path, monkeypatch):
     """From a checkpoint, which has the image processor, and from copg.py's data."""
-    monkeypatch.setattr("run.draw_curves", lambda *_: None)  # slow
-    module, out = importlib.import_module(script), str(tmp_path / "run")
-    flags = ["--model", tiny_directory, "--task", "count", "--prompts", "2", "--eval-problems", "3"]
-    flags += ["--max-new-tokens", "6", "--out", out]
-    flags += ["--pairs", "8"] if script == "copg" else ["--group-size", "3"]
-    module.train(module.parse_args([*flags, "--steps", "1"]))
-    module.train(module.parse_args(["--resume", out, "--steps", "2"]))
+    module, task = importlib.import_module(script), make_task("count")
+    flags = ["--task", "count", "--steps", 1]
+    flags += ["--pairs", 8] if script == "copg" else ["--group-size", 3]
+    run, _ = run_script(module, tmp_path, monkeypatch, tiny_directory, task, *flags)
+    module.train(module.parse_args(["--resume", str(run.dir), "--steps", "2"]))
     if script == "copg":
-        record = read_records(tmp_path / "run/data.jsonl")[3]
-        (prompt,) = get_prompts(make_task("count"), [3])
+        record = read_records(run.dir / "data.jsonl")[3]
+        (prompt,) = get_prompts(task, [3])
         assert record.prompt["text"] == prompt["text"]
         assert np.array_equal(read_image(record.prompt["image"], "x"), prompt["image"])
 
@@ -264,29 +247,17 @@ def test_pictures_of_a_file_are_read_when_they_are_asked_for(tmp_path):
         get_prompts(missing, [0])
 
 
-@pytest.mark.parametrize("content", ["", "not a picture", "truncated", "a folder", "huge", "uri"])
+@pytest.mark.parametrize("content", ["", "not a picture", "truncated", "folder", "huge", "uri"])
 def test_bad_pictures(tmp_path, content, monkeypatch):
     path = tmp_path / "a.png"
     Image.fromarray(picture(50, 50, 0)).save(path)
-    if content == "truncated":
-        path.write_bytes(path.read_bytes()[:600])
-    elif content == "huge":
+    if content == "huge":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    elif content != "a folder":
-        path.write_text(content)
-    source = {"a folder": str(tmp_path), "uri": "data:image/png;base64,AAA"}.get(content, str(path))
+    elif content != "folder":
+        path.write_bytes(path.read_bytes()[:600] if content == "truncated" else content.encode())
+    source = {"folder": tmp_path, "uri": "data:image/png;base64,AAA"}.get(content, path)
     with pytest.raises(UserError, match=r"^x: its picture cannot be read \(.+\)$"):
-        read_image(source, "x")
-
-
-def test_a_picture_that_changes_is_an_error():
-    class Restless(Count):
-        def problem(self, index):
-            image = picture(8, 8, int(np.random.randint(10**6)))
-            return {"image": image, "text": "?"}, super().problem(index)[1]
-
-    with pytest.raises(UserError, match=r"problem 3 .* has another prompt"):
-        get_rewards(Restless(), [3], ["a", "b"])
+        read_image(str(source), "x")
 
 
 def test_text_only_models_refuse_pictures(small):

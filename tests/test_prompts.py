@@ -60,6 +60,7 @@ def test_what_the_model_cannot_read_is_refused(small):
     ],
 )
 def test_the_token_that_ends_an_answer(model_dirs, template, end):
-    _, tokenizer = common.load_model(model_dirs["gemma"], "cpu")
+    model, tokenizer = common.load_model(model_dirs["gemma"], "cpu")
     tokenizer.chat_template = template
     assert tokenizer.decode(end_of_answer(tokenizer)) == end
+    assert end_of_answer(tokenizer) in common.stop_token_ids(model, tokenizer)

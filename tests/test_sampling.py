@@ -59,7 +59,7 @@ def test_eos_is_in_the_mask_and_in_no_text_and_nothing_follows_it(loaded):
     model, tokenizer = loaded
     stop, ends = common.stop_token_ids(model, tokenizer), set()
     rollout = sample(model, tokenizer, PROMPTS, 64, 24)
-    assert 0.02 < rollout.truncated.float().mean() < 0.98  # some rows end early, some do not
+    assert rollout.truncated.any() and not rollout.truncated.all()
     for i, text in enumerate(rollout.texts):
         mask, ids = rollout.completion_mask[i], rollout.completion_ids[i].tolist()
         n = int(mask.sum())
@@ -73,12 +73,6 @@ def test_eos_is_in_the_mask_and_in_no_text_and_nothing_follows_it(loaded):
     model.generation_config.eos_token_id = tokenizer.eos_token = None
     rollout = sample(model, tokenizer, PROMPTS, 4, 12)
     assert rollout.truncated.all() and rollout.completion_mask.all()
-
-
-def test_what_a_chat_template_writes_after_an_answer_ends_a_completion(small):
-    model, tokenizer = small
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}"
-    assert common.stop_token_ids(model, tokenizer) == [256, 257]
 
 
 def test_masks_come_from_the_sampler_not_from_the_values_of_tokens(small):
@@ -215,7 +209,8 @@ def test_rollouts_that_are_joined_shuffled_and_cut_score_as_before(small):
     order = torch.randperm(15)
     shuffled = joined.select(order)
     close(completion_logprobs(model, shuffled), joined.logprobs[order], 1e-4)
-    assert torch.equal(shuffled.truncated, joined.truncated[order])
+    for name in ("truncated", "group"):
+        assert torch.equal(getattr(shuffled, name), getattr(joined, name)[order])
     assert shuffled.texts == [joined.texts[i] for i in order]
     first = joined.select(torch.arange(15) == 0)  # of "7": the columns of longer rows are gone
     n = int(joined.completion_mask[0].sum())

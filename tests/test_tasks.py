@@ -212,7 +212,7 @@ def test_an_episode_has_one_step():
     assert task.step("#### x")[1] == 0
 
 
-@pytest.mark.parametrize("name", ["add", "add6", "add-hard", "posts", "gsm8k"])
+@pytest.mark.parametrize("name", ["add", "add6", "add-hard", "count", "posts", "gsm8k"])
 def test_gymnasium_contract(name, gsm8k_files):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -427,6 +427,10 @@ def test_solved_may_be_any_scalar_that_is_true_or_false(solved):
     "task, message",
     [
         (Odd(1.0, ["p", "q"]), r"has another prompt after another reset\(seed=5\)"),
+        (
+            Odd(1.0, [{"image": np.zeros(3), "text": "p"}, {"image": np.ones(3), "text": "p"}]),
+            "has another prompt after another reset",
+        ),
         (Odd(1.0, terminated=False), "does not terminate after one step"),
         (Odd(1.0, terminated=np.array([True, True])), "does not terminate after one step"),
         (Odd(1.0, [""]), "has the prompt '': not a text"),

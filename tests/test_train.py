@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import metrics
 from transformers import PretrainedConfig
 
 import common
@@ -245,13 +246,6 @@ class Stage:
             assert all(name in row for name in columns)
 
 
-def metrics(run):
-    """Every row of metrics.csv, {column: number}, without the empty cells."""
-    names, *rows = [line.split(",") for line in (run.dir / "metrics.csv").read_text().splitlines()]
-    rows = [dict(zip(names, row, strict=True)) for row in rows]
-    return [{name: float(value) for name, value in row.items() if value} for row in rows]
-
-
 def test_learning_rate():
     def rate(step, schedule, steps=100, warmup=4):
         args = SimpleNamespace(steps=steps, lr=2.0, warmup=warmup, schedule=schedule)
@@ -262,27 +256,3 @@ def test_learning_rate():
     assert rate(28, "cosine") == pytest.approx(1 + math.sqrt(0.5))
     assert rate(100, "cosine") == pytest.approx(0.0, abs=1e-12)
     assert rate(1, "cosine", 1, 0) == pytest.approx(0.0, abs=1e-12)
-
-
-# ---- real small models, for the tests of each script ----
-
-
-class ManyAs(TextTask):
-    """The reward is the share of a's: a dense signal that a random model can climb in seconds."""
-
-    def problem(self, index):
-        return f"{index % 7}:", "a"
-
-    def reward(self, completion, answer):
-        return completion.count("a") / 8
-
-
-def run_script(script, tmp_path, monkeypatch, model_dir, task, *flags):
-    """A small run of a script on a task object -> the run, and its rows without that of step 0."""
-    monkeypatch.setattr(script, "make_task", lambda name, split="train": task)
-    monkeypatch.setattr(run_module, "draw_curves", lambda *_: None)
-    flags = ["--model", model_dir, "--max-new-tokens", "8", "--steps", "3", "--prompts", "4",
-             "--eval-problems", "4", "--eval-samples", "2", *flags]  # fmt: skip
-    flags += [] if "--out" in flags else ["--out", tmp_path / f"run{len(list(tmp_path.iterdir()))}"]
-    run = script.train(script.parse_args([str(flag) for flag in flags]))
-    return run, metrics(run)[1:]
