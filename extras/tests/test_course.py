@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -160,12 +161,22 @@ def test_broken_submissions_cost_their_question_only(tmp_path, monkeypatch, code
 
 
 def test_what_a_student_starts_does_not_go_on(tmp_path):
-    code = "import subprocess\nsubprocess.Popen(['sleep', '987'])\n"
+    seconds = str(10**6 + os.getpid())  # no other run of this test has this argument
+    code = f"import subprocess\nsubprocess.Popen(['sleep', '{seconds}'])\n"
     source = (ROOT / "gpg.py").read_text() + code
     assert submit(tmp_path, "A3", "Q2", source=source)[0] == 1
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # a process that has just ended
-            assert "sleep\0987" not in path.read_text()
+
+    def is_running():
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # a process that has just ended
+                if f"sleep\0{seconds}" in path.read_text():
+                    return True
+        return False
+
+    deadline = time.monotonic() + 20  # a process that was sent SIGKILL need not be dead yet
+    while is_running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running()
 
 
 def test_a_handout_has_no_solution_and_its_checks_turn_green(tmp_path):
