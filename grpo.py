@@ -268,7 +268,7 @@ def train(args: argparse.Namespace) -> Run:
         # 3. mu passes over the batch, one gradient step for each minibatch.
         updates = []
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        for index in minibatches(len(rows), args.updates_per_batch, args.minibatches):
+        for index in minibatches(len(advantages), args.updates_per_batch, args.minibatches):
             index, mask = index.to(model.device), batch.completion_mask[index]
             total = batch_total(mask, args.aggregate, args.max_new_tokens)  # dead rows included
             if args.kl_beta == 0:  # rows without an advantage have no gradient: they skip the model

@@ -9,8 +9,8 @@
 
 A submission is a folder with the student's files, as in the handout. A folder of submissions has
 one such folder per student, named by the student's id, or with a file answers.json that has it
-under "id". A question is graded by what its functions return, beside what the finished code
-returns: how they are written does not matter.
+under "id". A question is graded by what its functions return, beside what the finished functions
+return: how they are written does not matter.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ import hashlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,18 +44,20 @@ sys.path[:0] = [str(ROOT), str(TEXTS)]
 import written  # noqa: E402
 from answers import ANSWERS  # noqa: E402
 from mistakes import MISTAKES  # noqa: E402
-from probe import same  # noqa: E402
+from probe import limited, outcomes, same  # noqa: E402
 
 from run import Parser, plain_errors  # noqa: E402
 from tasks import UserError  # noqa: E402
 
 TITLES = {
+    "A0": "REINFORCE on a bandit",
     "A1": "CoPG on a bandit",
     "A2": "Sampling and log-probabilities",
     "A3": "Group Policy Gradient",
     "A4": "GRPO",
     "A5": "Contrastive Policy Gradient",
     "A6": "A task of your own",
+    "A7": "Three bugs",
 }
 CONTRACT = {  # A6: pytest of the handout's own contract
     "Q1": ("The task", 15, "problem or training or rewards"),
@@ -61,16 +65,18 @@ CONTRACT = {  # A6: pytest of the handout's own contract
     "Q3": ("The report", 5, "report"),
 }
 LIBRARY = {  # beside the file that the student writes
-    "A1": ["bandit_toy.py", "run.py", "tasks"],
-    "A2": ["common.py", "run.py", "gpg.py", "tasks"],
-    "A3": ["gpg.py", "common.py", "run.py", "tasks"],
-    "A4": ["grpo.py", "common.py", "run.py", "tasks"],
+    "A0": [],
+    "A1": ["run.py", "tasks"],
+    "A2": ["run.py", "tasks"],
+    "A3": ["common.py", "run.py", "tasks"],
+    "A4": ["common.py", "run.py", "tasks"],
     "A5": ["copg.py", "common.py", "run.py", "tasks"],
-    "A6": ["gpg.py", "grpo.py", "common.py", "run.py", "tasks", "extras/assignments/contract.py"],
+    "A6": ["gpg.py", "grpo.py", "common.py", "run.py", "tasks"],
+    "A7": ["common.py", "run.py", "tasks"],
 }
-HIDDEN_SEED = int(os.environ.get("COURSE_SEED", "1"))  # choose another one every year
-SECONDS = 120  # a question may take, with imports
-MEMORY = 8 * 2**30  # bytes of address space
+SEED = int(os.environ.get("COURSE_SEED", "1"))  # of the hidden checks; change it every year
+VISIBILITY = os.environ.get("COURSE_VISIBILITY", "visible")  # on Gradescope; "after_due_date", ...
+SECONDS = 120  # a question may take
 LARGEST = 2**20  # bytes of a submitted file
 
 # --------------------------------------------------------------------------------------------------
@@ -78,51 +84,62 @@ LARGEST = 2**20  # bytes of a submitted file
 # --------------------------------------------------------------------------------------------------
 
 
+def module_of(name: str):
+    return importlib.import_module(name.lower())
+
+
 def questions(name: str) -> dict:
-    return {} if name == "A6" else importlib.import_module(name.lower()).QUESTIONS
+    return {} if name == "A6" else module_of(name).QUESTIONS
 
 
-def limits() -> None:
-    """In the child, before it runs anything of the student's."""
-    os.setsid()
-    with contextlib.suppress(ImportError):
-        import resource
+@functools.cache
+def processes():
+    """Where submissions run: processes forked from one that has imported torch and the scripts."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TEXTS}"}
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    context.set_forkserver_preload(["probe", "training", "answers", "torch._dynamo", "pytest"])
+    return context
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**27, 2**27))
 
-
-def run_limited(command: list[str], cwd: Path, seconds: float) -> str:
-    """Run a command with limits in a process group of its own, which is dead afterwards, on every
-    path. -> what went wrong, or ""."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(cwd), "MPLBACKEND": "agg"}
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=limits if os.name == "posix" else None,
-    )
-    try:
-        status = process.wait(seconds)
-    except subprocess.TimeoutExpired:
+def run_limited(scratch: Path, seconds: float, function: Callable, *args) -> str:
+    """Call a function in a process of its own, with limits; on every path its process group is dead
+    afterwards. -> what went wrong, or ""."""
+    process = processes().Process(target=limited, args=(scratch, seconds, function, *args))
+    process.start()
+    process.join(seconds)
+    late = process.is_alive()
+    process.kill()
+    with contextlib.suppress(OSError, AttributeError):  # the group has ended; or this is Windows
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    if late:
         return f"it ran for more than {seconds:.0f} seconds and was stopped"
-    finally:
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
-        process.wait()
-    return "" if status == 0 else f"the process ended with status {status}"
+    return f"the process ended with status {process.exitcode}" if process.exitcode else ""
 
 
-def outcomes(name: str, key: str, seed: int, *folders: Path) -> list[list[dict]] | str:
-    """What the cases of a question give with the files of each folder; or what went wrong."""
+def finished(name: str, file: str, change: tuple[str, str] = ("", "")) -> str:
+    """The source of a finished file, or with a mistake made in it, as it is in the handout: the
+    paragraphs of `train` that students write are functions of their own."""
+    path = ROOT / file
+    source = (path if path.exists() else TEXTS / file).read_text(encoding="utf-8")
+    source = source.replace(*change) if change[0] else source
+    for number, signature in getattr(module_of(name), "TRAIN", {}).items():
+        source = lift(source, number, signature)
+    return source
+
+
+def returned(name: str, key: str, seed: int, *sources: str) -> list[list[dict]] | str:
+    """What the cases of a question give with each of these sources; or what went wrong."""
+    file = questions(name)[key].file
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out.json"
-        command = [sys.executable, str(TEXTS / "probe.py"), name, key, str(seed), str(out)]
-        seconds = SECONDS * len(folders)
-        problem = run_limited([*command, *map(str, folders)], Path(scratch), seconds)
+        scratch = Path(scratch)
+        folders = [scratch / str(i) for i in range(len(sources) + 1)]
+        for folder, source in zip(folders, [finished(name, file), *sources], strict=True):
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).write_text(source, encoding="utf-8")
+        out, seconds = scratch / "out.json", SECONDS * len(sources)
+        args = name, key, seed, out, folders[0], folders[1:]
+        problem = run_limited(scratch, seconds, outcomes, *args)
         try:
             return json.loads(out.read_text())
         except (OSError, ValueError):
@@ -132,24 +149,21 @@ def outcomes(name: str, key: str, seed: int, *folders: Path) -> list[list[dict]]
 @functools.cache
 def expected(name: str, key: str, seed: int) -> list[dict]:
     """What the finished code gives."""
-    found = outcomes(name, key, seed, ROOT)
+    found = returned(name, key, seed, finished(name, questions(name)[key].file))
     if isinstance(found, str) or any("error" in outcome for outcome in found[0]):
         raise RuntimeError(f"{name} {key}: the finished code fails: {found}")
     return found[0]
 
 
 @functools.cache
-def mistaken(name: str, key: str, seed: int) -> dict[str, list[dict]]:
+def mistaken(name: str, key: str) -> dict[str, list[dict]]:
     """What each known mistake gives."""
-    mistakes, file = MISTAKES[name].get(key, {}), questions(name)[key].file
-    source = (ROOT / file).read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = [Path(scratch) / str(i) for i in range(len(mistakes))]
-        for folder, (right, wrong, _) in zip(folders, mistakes.values(), strict=True):
-            (folder / file).parent.mkdir(parents=True)
-            (folder / file).write_text(source.replace(right, wrong), encoding="utf-8")
-        found = outcomes(name, key, seed, *folders)
-    return {} if isinstance(found, str) else dict(zip(mistakes, found, strict=True))
+    mistakes, file = MISTAKES.get(name, {}).get(key, {}), questions(name)[key].file
+    sources = [finished(name, file, (right, wrong)) for right, wrong, _ in mistakes.values()]
+    found = returned(name, key, SEED, *sources) if sources else []
+    if isinstance(found, str):
+        raise RuntimeError(f"{name} {key}: the known mistakes: {found}")
+    return dict(zip(mistakes, found, strict=True))
 
 
 def agree(a: dict, b: dict, tolerance: float) -> bool:
@@ -169,6 +183,8 @@ def find_files(name: str, folder: Path, scratch: Path) -> None:
     if name == "A6":
         wanted |= {"my_tasks.py", "report.md"}
         wanted |= {f"runs/{run}/{file}" for run in "ab" for file in ("config.json", "metrics.csv")}
+    if name == "A7":
+        wanted |= {"test_bugs.py"}
     folders = [folder]
     for path in folder.iterdir():  # a zip file often wraps everything in one more folder
         if path.is_dir() and not path.is_symlink() and path.name[0] not in "._":
@@ -183,7 +199,24 @@ def find_files(name: str, folder: Path, scratch: Path) -> None:
                 break
 
 
-def grade(name: str, folder: Path, student: str | None, out: Path) -> dict:
+def jobs(name: str, folder: Path, answers: dict | str, students: list[str]) -> dict:
+    """{title: (points, a function that gives the share of the points and feedback)}."""
+    found = {}
+    for key, question in questions(name).items():
+        job = functools.partial(grade_question, name, key, folder)
+        found[f"{key} {question.title}"] = question.points, job
+    for key, (title, points, keyword) in CONTRACT.items() if name == "A6" else ():
+        job = functools.partial(grade_contract, folder, keyword)
+        found[f"{key} {title}"] = points, job
+    for key in questions(name) if name == "A7" else ():
+        found[f"T{key[1:]} A test"] = 10, functools.partial(grade_test, folder, key)
+    for key, points in written_points(name).items():
+        job = functools.partial(grade_answer, name, students, answers, key)
+        found[f"{key} written"] = points, job
+    return found
+
+
+def grade(name: str, folder: Path, students: list[str] | None, out: Path) -> dict:
     """One submission -> Gradescope's results: score, and tests with their feedback.
 
     They are written to `out` after every question: if the grader is stopped, what it did counts.
@@ -192,23 +225,13 @@ def grade(name: str, folder: Path, student: str | None, out: Path) -> dict:
         scratch = Path(scratch)
         find_files(name, folder, scratch)
         answers = read_answers(scratch / "answers.json")
-        student = student or str(answers.get("id") or folder.name)
-        jobs = []
-        for key, question in questions(name).items():
-            job = functools.partial(grade_question, name, key, scratch)
-            jobs.append((f"{key} {question.title}", question.points, job))
-        for key, (title, points, keyword) in CONTRACT.items() if name == "A6" else ():
-            job = functools.partial(grade_contract, scratch, keyword)
-            jobs.append((f"{key} {title}", points, job))
-        for key, points in written_points(name).items():
-            job = functools.partial(grade_answer, name, student, answers, key)
-            jobs.append((f"{key} written", points, job))
-        tests = [
-            {"name": title, "score": 0.0, "max_score": points, "output": "Not graded yet."}
-            for title, points, _ in jobs
-        ]
+        if not students:
+            students = [str((isinstance(answers, dict) and answers.get("id")) or folder.name)]
+        found = jobs(name, scratch, answers, students)
+        fixed = {"score": 0.0, "output": "The grader was stopped.", "visibility": VISIBILITY}
+        tests = [{"name": x, "max_score": points} | fixed for x, (points, _) in found.items()]
         results = {"score": 0.0, "tests": tests}
-        for test, (_, points, job) in zip(tests, jobs, strict=True):
+        for test, (points, job) in zip(tests, found.values(), strict=True):
             share, test["output"] = job()
             test["score"] = round(points * share, 2)
             results["score"] = round(sum(test["score"] for test in tests), 2)
@@ -217,45 +240,53 @@ def grade(name: str, folder: Path, student: str | None, out: Path) -> dict:
 
 
 def grade_question(name: str, key: str, folder: Path) -> tuple[float, str]:
-    """-> share of the points, feedback. Every function has the same share; a function counts if all
-    of its cases are right."""
-    question = questions(name)[key]
-    if not (folder / question.file).exists():
-        return 0.0, f"{question.file} is missing."
-    got, right = outcomes(name, key, HIDDEN_SEED, folder), expected(name, key, HIDDEN_SEED)
-    if isinstance(got, str):
-        return 0.0, f"Your code could not be graded: {got}."
-    (got,) = got
-    cases = question.cases(HIDDEN_SEED)
-    passed = [agree(a, b, c.tolerance) for a, b, c in zip(got, right, cases, strict=True)]
-    parts = {}
-    for case, ok in zip(cases, passed, strict=True):
-        parts.setdefault(re.split(r"[( ]", case.label)[0], []).append(ok)
-    if all(outcome.get("error") == "not done yet" for outcome in got):
-        return 0.0, "Not done yet."
-    share = sum(all(part) for part in parts.values()) / len(parts)
-    lines = [f"{sum(passed)} of {len(passed)} checks passed."]
-    shown = 0
-    for case, ok, a, b in zip(cases, passed, got, right, strict=True):
-        if not ok and shown < 2:
-            shown += 1
-            yours = a.get("error") or brief(a["value"])
-            lines.append(f"- {case.label}\n  expected: {brief(b['value'])}\n  yours:    {yours}")
-    for mistake in known_mistakes(name, key, got, right, cases) if share < 1 else ():
+    """-> share of the points, feedback."""
+    path = folder / questions(name)[key].file
+    if not path.exists():
+        return 0.0, f"{path.name} is missing."
+    got = returned(name, key, SEED, path.read_text(encoding="utf-8"))
+    return (0.0, f"Not graded: {got}.") if isinstance(got, str) else judge(name, key, got[0])
+
+
+def judge(name: str, key: str, got: list[dict]) -> tuple[float, str]:
+    """What a submission returns -> share of the points, feedback. Every function has the same
+    share; a function counts if all of its cases are right."""
+    right, cases = expected(name, key, SEED), questions(name)[key].cases(SEED)
+    errors = {outcome.get("error", "") for outcome in got}
+    if len(errors) == 1 and errors != {""}:
+        return 0.0, f"Nothing to grade: {errors.pop()}."
+    parts, shown = {}, []
+    for case, a, b in zip(cases, got, right, strict=True):
+        ok = agree(a, b, case.tolerance)
+        parts.setdefault(case.part or re.split(r"[( ]", case.label)[0], []).append(ok)
+        if not ok:
+            yours, mine = a.get("value"), b["value"]
+            if isinstance(yours, dict) and isinstance(mine, dict):  # only what is different
+                wrong = [x for x in mine if not same(yours.get(x), mine[x], case.tolerance)]
+                yours, mine = ({x: value.get(x) for x in wrong} for value in (yours, mine))
+            yours = a.get("error") or brief(yours)
+            shown.append(f"- {case.label}\n  expected: {brief(mine)}\n  yours:    {yours}")
+    share = sum(map(all, parts.values())) / len(parts)
+    lines = [f"{len(cases) - len(shown)} of {len(cases)} checks passed.", *shown[:2]]
+    for mistake in known_mistakes(name, key, got) if share < 1 else ():
         hint = MISTAKES[name][key][mistake][2]
         lines.append(f'Your code behaves like a known mistake, "{mistake}": {hint}')
     return share, "\n".join(lines)
 
 
-def known_mistakes(name: str, key: str, got: list, right: list, cases: list) -> list[str]:
-    """The mistakes whose every deviation from the finished code the submission shows, too."""
-    found = []
-    for mistake, wrong in mistaken(name, key, HIDDEN_SEED).items():
+def known_mistakes(name: str, key: str, got: list[dict]) -> list[str]:
+    """The mistakes whose every deviation from the finished code the submission shows, too. If some
+    explain all that it returns, only those."""
+    right, cases = expected(name, key, SEED), questions(name)[key].cases(SEED)
+    found, exact = [], []
+    for mistake, wrong in mistaken(name, key).items():
         rows = list(zip(got, right, wrong, cases, strict=True))
         shows = [row for row in rows if not agree(row[2], row[1], row[3].tolerance)]
         if shows and all(agree(a, w, c.tolerance) for a, _, w, c in shows):
             found.append(mistake)
-    return found
+        if all(agree(a, w, c.tolerance) for a, _, w, c in rows):
+            exact.append(mistake)
+    return exact or found
 
 
 def brief(value) -> str:
@@ -271,41 +302,73 @@ def round_numbers(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def run_pytest(folder: Path, *args: str) -> str:
+    """Run tests in a folder, with the project's modules behind its own. -> "", or what is wrong."""
+    return run_limited(folder, SECONDS, call_pytest, str(folder), *args)
+
+
+def call_pytest(folder: str, *args: str) -> None:
+    sys.path[:0] = [folder]
+    for name in ("gpg", "test_bugs", "test_contract"):
+        sys.modules.pop(name, None)
+    sys.exit(int(pytest.main(["-q", "-p", "no:cacheprovider", *args])))
+
+
 def grade_contract(folder: Path, keyword: str) -> tuple[float, str]:
     """A6: the tests of the handout whose names have one of these words."""
     shutil.copy(TEXTS / "contract.py", folder / "test_contract.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_contract.py"]
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, '.']; import pytest; "
-    code += f"sys.exit(pytest.main({[*command[3:], '-k', keyword]!r}))"
-    problem = run_limited([sys.executable, "-c", code], folder, SECONDS)
-    return (
-        (0.0, f"A test of the contract fails ({problem}): run it.") if problem else (1.0, "Right.")
-    )
+    problem = run_pytest(folder, "test_contract.py", "-k", keyword)
+    return (0.0, "A test of test_contract.py fails: run it.") if problem else (1.0, "Right.")
+
+
+def grade_test(folder: Path, key: str) -> tuple[float, str]:
+    """A7: do the student's tests pass on the finished code, and fail with this bug alone in it?"""
+    if not (folder / "test_bugs.py").exists():
+        return 0.0, "test_bugs.py is missing."
+    right, wrong, _ = module_of("A7").bugs(SEED)[key]
+    with tempfile.TemporaryDirectory() as scratch:
+        for change in (("", ""), (right, wrong)):
+            place = Path(scratch) / str(len(change[0]))
+            place.mkdir()
+            shutil.copy(folder / "test_bugs.py", place)
+            (place / "gpg.py").write_text(finished("A7", "gpg.py", change), encoding="utf-8")
+            problem = run_pytest(place, "test_bugs.py")
+            if problem and not change[0]:
+                return 0.0, f"Your tests fail on the finished gpg.py ({problem})."
+    if "status 1" not in problem:
+        return 0.0, "No test of yours fails if this bug alone is in gpg.py."
+    return 1.0, "Right."
 
 
 def written_points(name: str) -> dict[str, int]:
-    return {} if name == "A6" else importlib.import_module(name.lower()).WRITTEN
+    return {} if name == "A6" else module_of(name).WRITTEN
 
 
-def read_answers(path: Path) -> dict:
+def read_answers(path: Path) -> dict | str:
+    """answers.json, or what is wrong with it."""
     try:
         answers = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return answers if isinstance(answers, dict) else {}
+    except OSError:
+        return "answers.json is missing."
+    except (ValueError, RecursionError) as error:
+        return f"answers.json is no JSON: {error!s:.100}."
+    return answers if isinstance(answers, dict) else "answers.json has to be an object, {...}."
 
 
-def grade_answer(name: str, student: str, answers: dict, key: str) -> tuple[float, str]:
-    """A number, compared with the reference's for this student's numbers."""
-    answer = answers.get(key)
-    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
-        return 0.0, f"answers.json has no number under {key!r}."
-    right = ANSWERS[name][key](written.numbers(name, key, student))
+def grade_answer(name: str, students: list, answers: dict | str, key: str) -> tuple[float, str]:
+    """A number, compared with the reference's for the numbers of this student, or, in a group, of
+    any of these."""
+    if isinstance(answers, str):
+        return 0.0, answers
     try:
-        close = math.isclose(answer, right, rel_tol=1e-3, abs_tol=1e-9)
-    except OverflowError:  # an integer of 400 digits
-        close = False
-    return float(close), "Right." if close else f"Not right for the numbers of {student!r}."
+        answer = float(answers.get(key))
+    except (TypeError, ValueError, OverflowError):
+        return 0.0, f"answers.json has no number under {key!r}."
+    for student in students:
+        right = ANSWERS[name][key](written.numbers(name, key, student))
+        if math.isclose(answer, right, rel_tol=1e-3, abs_tol=1e-9):
+            return 1.0, "Right."
+    return 0.0, f"Not right for the numbers of {' or '.join(students)}."
 
 
 def grade_many(name: str, folder: Path, out: Path) -> None:
@@ -313,7 +376,7 @@ def grade_many(name: str, folder: Path, out: Path) -> None:
     students = sorted(path for path in folder.iterdir() if path.is_dir())
     if not students:
         raise UserError(f"{folder}: no folder in it; one per student is expected")
-    keys = [*questions(name), *(CONTRACT if name == "A6" else {}), *written_points(name)]
+    keys = [title.split()[0] for title in jobs(name, folder, {}, [])]
     rows, details = {}, out.with_suffix("")
     details.mkdir(parents=True, exist_ok=True)
     if out.exists():
@@ -354,25 +417,21 @@ def make(name: str, out: Path) -> None:
         if (ROOT / part).is_dir():
             shutil.copytree(ROOT / part, out / part, ignore=ignore)
         else:
-            shutil.copy(ROOT / part, out / Path(part).name)
+            shutil.copy(ROOT / part, out)
     for file in {question.file for question in questions(name).values()}:
-        source = (ROOT / file).read_text(encoding="utf-8")
-        for key, question in questions(name).items():
-            for region in question.names if question.file == file else ():
-                source = stub(source, region, key)
-        (out / file).write_text(source, encoding="utf-8")
+        (out / file).write_text(handout(name, file), encoding="utf-8")
     (out / f"{name}.md").write_text(text_of(name), encoding="utf-8")
+    (out / "pytest.ini").write_text("[pytest]\naddopts = -q --tb=short\nfilterwarnings = ignore\n")
     if name == "A6":
-        (out / "contract.py").rename(out / "test_contract.py")
+        shutil.copy(TEXTS / "contract.py", out / "test_contract.py")
+    if name in ("A6", "A7"):
         return
-    for file in ("probe.py", "training.py", "written.py", f"{name.lower()}.py", "test_public.py"):
-        shutil.copy(TEXTS / file, out / file)
-    if name == "A4":
-        shutil.copy(TEXTS / "a3.py", out / "a3.py")
+    texts = ["probe.py", "written.py", "test_public.py", f"{name.lower()}.py"]
+    for file in [*texts, *(["training.py"] if "tasks" in LIBRARY[name] else [])]:
+        shutil.copy(TEXTS / file, out)
     values = {key: expected(name, key, 0) for key in questions(name)}
     (out / "expected.json").write_text(json.dumps({"assignment": name, "values": values}))
-    answers = dict.fromkeys(["id", *written_points(name)])
-    write_json(out / "answers.json", answers)
+    write_json(out / "answers.json", dict.fromkeys(["id", *written_points(name)]))
 
 
 def new_folder(path: Path) -> None:
@@ -381,60 +440,73 @@ def new_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def stub(source: str, region: str, key: str) -> str:
-    """The source with a function, a class's method, or a paragraph "train 2" left to be written.
+def handout(name: str, file: str) -> str:
+    """A file as students get it: with stubs or, in A7, with bugs."""
+    source = finished(name, file)
+    for right, wrong, _ in module_of(name).bugs(SEED).values() if name == "A7" else ():
+        source = source.replace(right, wrong)
+    for key, question in questions(name).items() if name != "A7" else ():
+        for region in question.names if question.file == file else ():
+            source = stub(source, region, key)
+    return source
 
-    Signature, docstring and the comment of a paragraph stay.
-    """
-    path, _, number = region.partition(" ")
-    node = ast.parse(source)
-    for part in path.split("."):
-        node = next(n for n in node.body if getattr(n, "name", None) == part)
+
+def lift(source: str, number: int, signature: str) -> str:
+    """Make paragraph `number` of `train` a function: "name(inputs) -> outputs"."""
+    call, outputs = signature.split(" -> ")
     lines = source.split("\n")
+    marks = [i for i, line in enumerate(lines) if re.match(r" {8}# \d\. ", line)]
+    start, end = marks[number - 1], marks[number]
+    comment, body = lines[start].strip(), [line[4:] for line in lines[start + 1 : end]]
+    while not body[-1]:
+        body.pop()
+    uses = [x for x in ("B", "G") if re.search(rf"\b{x}\b", "\n".join(body))]
+    sizes = {"B": "args.prompts", "G": "args.group_size"}
+    sizes = [f"    {', '.join(uses)} = {', '.join(sizes[x] for x in uses)}"] if uses else []
+    text = f'    """{comment.split(". ", 1)[1]}\n\n    -> {outputs}\n    """'
+    function = [f"def {call}:", *text.split("\n"), *sizes, *body, f"    return {outputs}", "", ""]
+    lines[start + 1 : end] = [f"        {outputs} = {call}", ""]
+    at = lines.index("def train(args: argparse.Namespace) -> Run:")
+    return "\n".join([*lines[:at], *function, *lines[at:]])
+
+
+def stub(source: str, region: str, key: str) -> str:
+    """The source with a function or a class's methods left to be written.
+
+    Signature, docstring and the shapes of tensors stay.
+    """
+    node = ast.parse(source)
+    for part in region.split("."):
+        node = next(n for n in node.body if getattr(n, "name", None) == part)
     if isinstance(node, ast.ClassDef):
         for method in [n.name for n in node.body if isinstance(n, ast.FunctionDef)]:
-            source = stub(source, f"{path}.{method}", key)
+            source = stub(source, f"{region}.{method}", key)
         return source
-    body = node.body
-    if number:
-        marks = [i for i in range(node.lineno, node.end_lineno) if re.match(r" +# \d\. ", lines[i])]
-        here = next(i for i, line in enumerate(marks) if f"# {number}. " in lines[line])
-        first, end = marks[here] + 1, marks[here + 1] if here + 1 < len(marks) else node.end_lineno
-        while not lines[end - 1].strip():
-            end -= 1
-    else:
-        documented = ast.get_docstring(node) is not None
-        first = body[0].end_lineno if documented else body[0].lineno - 1
-        end = body[-1].end_lineno
-    indent = " " * (len(lines[first]) - len(lines[first].lstrip()))
-    new = [f"{indent}# {shape}" for shape in shapes(lines[first:end])]
-    lines[first:end] = [*new, f'{indent}raise NotImplementedError("{key}")']
-    return "\n".join(lines)
-
-
-def shapes(lines: list[str]) -> list[str]:
-    """ "name: [B, G]" for each name whose line ends in such a comment."""
-    found = {}
-    for line in lines:
+    lines, body = source.split("\n"), node.body
+    documented = ast.get_docstring(node) is not None
+    first = body[0].end_lineno if documented else body[0].lineno - 1
+    indent = " " * body[0].col_offset
+    shapes = {}  # of each name whose line ends in such a comment
+    for line in lines[first : body[-1].end_lineno]:
         if match := re.match(r" *(\w+) = .*  # (\[.*?\].*|.* rows)$", line):
-            found[match[1]] = f"{match[1]}: {match[2]}"
-    return list(found.values())
+            shapes[match[1]] = f"{indent}# {match[1]}: {match[2]}"
+    new = [*shapes.values(), f'{indent}raise NotImplementedError("{key}")']
+    lines[first : body[-1].end_lineno] = new
+    return "\n".join(lines)
 
 
 def text_of(name: str) -> str:
     """The text of an assignment: its headings get titles, points, and what is to be written."""
     text = (TEXTS / f"{name}.md").read_text(encoding="utf-8")
     for key, question in questions(name).items():
-        places = [
-            f"`{x}`" if " " not in x else f"paragraph {x[-1]} of `train`" for x in question.names
-        ]
+        places = ", ".join(f"`{x}`" for x in question.names)
         title = f"## {key}. {question.title} ({question.points} points)\n\n"
-        text = text.replace(f"## {key}\n", f"{title}In `{question.file}`: {', '.join(places)}.\n")
+        text = text.replace(f"## {key}\n", f"{title}In `{question.file}`: {places}.\n")
     for key, (title, points, _) in CONTRACT.items() if name == "A6" else ():
         text = text.replace(f"## {key}\n", f"## {key}. {title} ({points} points)\n")
     rows = [
         f"`python written.py {name} YOUR_ID` prints these questions with your own numbers. Put "
-        "your id and the answers into `answers.json`, as numbers with four digits or more. On "
+        "your id and the answers, with four significant digits or more, into `answers.json`. On "
         "Gradescope your id is the email address with which you are registered.\n"
     ]
     for key, points in written_points(name).items():
@@ -455,10 +527,10 @@ $pip install -r requirements.txt
 """
 RUN = """#!/usr/bin/env bash
 cd /autograder/source/project
-id=$(python3 -c 'import json; m = json.load(open("/autograder/submission_metadata.json"))
-print(m["users"][0]["email"])')
+ids=$(python3 -c 'import json; m = json.load(open("/autograder/submission_metadata.json"))
+print(*(user["email"] for user in m["users"]))')
 /autograder/venv/bin/python extras/course.py grade {name} /autograder/submission \\
-    --student "$id" --out /autograder/results/results.json
+    --student $ids --out /autograder/results/results.json
 """
 
 
@@ -481,29 +553,18 @@ def make_gradescope(name: str, out: Path) -> None:
 
 
 def check(name: str) -> bool:
-    """Grade the finished code, an untouched handout and every known mistake; print the outcome."""
+    """Grade the finished code, the handout and every known mistake; print what comes of it."""
     good = True
-    with tempfile.TemporaryDirectory() as folder:
-        for key, question in questions(name).items():
-            path = Path(folder) / question.file
-            path.parent.mkdir(exist_ok=True)
-            source = (ROOT / question.file).read_text(encoding="utf-8")
-            path.write_text(source)
-            share, _ = grade_question(name, key, Path(folder))
-            empty = source
-            for region in question.names:
-                empty = stub(empty, region, key)
-            path.write_text(empty)
-            nothing, _ = grade_question(name, key, Path(folder))
-            good &= share == 1 and nothing == 0
-            print(f"{name} {key}: finished code {share:.0%}, empty {nothing:.0%}", flush=True)
-            for mistake, (right, wrong, _) in MISTAKES[name].get(key, {}).items():
-                path.write_text(source.replace(right, wrong))
-                share, output = grade_question(name, key, Path(folder))
-                named = f'"{mistake}"' in output
-                good &= share < 1 and named and source.count(right) == 1
-                told = "named" if named else "NOT NAMED"
-                print(f"    {share:4.0%}  {mistake}: {told}", flush=True)
+    for key, question in questions(name).items():
+        code = finished(name, question.file), handout(name, question.file)
+        shares = [judge(name, key, got)[0] for got in returned(name, key, SEED, *code)]
+        good &= shares == [1, 0]
+        print(f"{name} {key}: finished code {shares[0]:.0%}, handout {shares[1]:.0%}", flush=True)
+        for mistake, got in mistaken(name, key).items():
+            share, named = judge(name, key, got)[0], known_mistakes(name, key, got)
+            good &= share < 1 and named == [mistake]
+            told = "named" if named == [mistake] else f"NAMED {named}"
+            print(f"    {share:4.0%}  {mistake}: {told}", flush=True)
     return good
 
 
@@ -515,22 +576,18 @@ def main(argv: list[str] | None = None) -> int:
     helps = {"make": "a handout", "grade": "grade submissions", "check": "grade the mistakes"}
     parse = {command: commands.add_parser(command, help=text) for command, text in helps.items()}
     for sub in parse.values():
-        sub.add_argument("assignment", choices=TITLES, metavar="A1..A6")
+        sub.add_argument("assignment", choices=TITLES, metavar="A0..A7")
     parse["make"].add_argument("out", type=Path, help="a folder, new or empty")
     parse["make"].add_argument("--gradescope", type=Path, metavar="DIR", help="for autograder.zip")
     parse["grade"].add_argument("submission", type=Path, help="a folder; or a folder of them")
-    parse["grade"].add_argument("--student", help="the id that the written questions depend on")
+    parse["grade"].add_argument("--student", nargs="+", metavar="ID", help="for written questions")
     parse["grade"].add_argument("--out", type=Path, required=True, help="results.json, or a .csv")
     args = parser.parse_args(argv)
     if args.command == "list":
         for name, title in TITLES.items():
             print(f"{name}  {title}")
-            for key, question in questions(name).items():
-                print(f"    {key}  {question.points:3}  {question.title}")
-            for key, (title, points, _) in CONTRACT.items() if name == "A6" else ():
-                print(f"    {key}  {points:3}  {title}")
-            for key, points in written_points(name).items():
-                print(f"    {key}  {points:3}  written")
+            for title, (points, _) in jobs(name, Path(), {}, []).items():
+                print(f"    {points:3}  {title}")
     elif args.command == "make":
         if args.gradescope:
             new_folder(args.gradescope)

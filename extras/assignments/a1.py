@@ -26,11 +26,11 @@ def optimum(seed: int) -> list[Case]:
 
 def pairs(module, seed: int):
     """A Pairs object of 3 seeds x 4 pairs, and its logits, which have a gradient."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, (_, problem) = torch.Generator().manual_seed(seed), numbers(seed)
     logits = torch.randn(3, 3, generator=generator, dtype=torch.float64).requires_grad_()
     y, y_ = torch.randint(3, (2, 3, 4), generator=generator)
     wins = torch.rand(3, 4, generator=generator) < 0.5
-    p = module.Pairs(logits, y, y_, wins, mu1=(0.2, 0.3, 0.5), mu2=(0.6, 0.3, 0.1))
+    p = module.Pairs(logits, y, y_, wins, mu1=(0.2, 0.3, 0.5), mu2=(0.6, 0.3, 0.1), **problem)
     return p, logits
 
 
@@ -49,7 +49,7 @@ def attributes(seed: int) -> list[Case]:
             p, logits = pairs(module, seed)
             return value_and_slope(torch.as_tensor(getattr(p, name)), logits)
 
-        cases.append(Case(f"Pairs(...).{name}, with its gradient", run))
+        cases.append(Case(f"Pairs.{name}, with its gradient", run, part=name))
     for name in ("value", "value_kl", "weights", "margin"):
 
         def run(module, name=name):
@@ -58,7 +58,7 @@ def attributes(seed: int) -> list[Case]:
             values = values if isinstance(values, tuple) else (values,)
             return [value_and_slope(value, logits) for value in values]
 
-        cases.append(Case(f"Pairs(...).{name}(), with its gradient", run))
+        cases.append(Case(f"Pairs.{name}(), with its gradient", run, part=name))
     return cases
 
 

@@ -97,11 +97,11 @@ def samples(seed: int) -> list[Case]:
         return [rollout.texts == decoded, groups == [p for p in PROMPTS for _ in range(8)]]
 
     kinds = ["log-probs", "the EOS", "padding", "texts and the order of rows"]
-    cases = [Case("sample(temperature=0), the tokens of 4 x 2 completions", greedy)]
-    return cases + [
-        Case(f"sample(temperature=0.8), right: {kind}", functools.partial(checked, what=kind))
-        for kind in kinds
-    ]
+    cases = [Case("sample(temperature=0), the tokens of 4 x 2 completions", greedy, part="greedy")]
+    for kind in kinds:
+        run = functools.partial(checked, what=kind)
+        cases.append(Case(f"sample(temperature=0.8), right: {kind}", run, part=kind))
+    return cases
 
 
 def rollout_by_hand(seed: int) -> Rollout:

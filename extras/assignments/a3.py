@@ -2,20 +2,7 @@
 
 import torch
 from probe import Case, Question, call, gradient
-from training import train_case
-
-
-def rewards_of(seed: int) -> list[torch.Tensor]:
-    """Groups of every kind: mixed, dead at 0, at .1, above and below 0, all positive, negative."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(0, 3, (6, 4), generator=generator) / 2
-    return [
-        torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0.5, 1, 0.5]]),
-        torch.tensor([[-1.0, -1, -1, -1], [1, -1, -1, -1], [2, 3, 2, 3], [-2, -1, -2, -2]]),
-        torch.tensor([[0.7] * 8]),
-        drawn,
-        drawn.double() + 3,
-    ]
+from training import rewards_of, train_case
 
 
 def advantages(seed: int) -> list[Case]:
@@ -58,7 +45,7 @@ def groups(seed: int) -> list[Case]:
 
 
 SAMPLING = ["rounds", "reward_mean", "valid_share", "completion_length", "tokens"]
-FLAGS = ["--beta-th 0.9 --max-rounds 3", "--beta-th 0.75 --max-rounds 4", "--beta-th 0"]
+FLAGS = ["--beta-th 0"] + [f"--beta-th {x} --max-rounds 4" for x in (0.5, 0.7, 0.75, 0.9)]
 
 
 def sampling(seed: int) -> list[Case]:
@@ -77,6 +64,13 @@ def update(seed: int) -> list[Case]:
     return [*cases, train_case(f"--steps 2 --seed {seed}", columns, task="AllDead-v0")]
 
 
+TRAIN = {  # paragraphs of train that the handout makes functions
+    1: "sample_groups(model, tokenizer, task, run, args)"
+    " -> prompts, rollouts, rollout, rewards, valid",
+    2: "choose_batch(rollout, rewards, valid, args) -> alpha, total_tokens",
+    3: "update(step, model, optimizer, run, rollout, rewards, valid, alpha, total_tokens, args)"
+    " -> loss, grad_norm, lr",
+}
 QUESTIONS = {
     "Q1": Question(
         "Valid groups and their advantages",
@@ -89,9 +83,13 @@ QUESTIONS = {
     "Q3": Question("The loss", 15, "gpg.py", ["gpg_loss"], loss),
     "Q4": Question("The groups of the batch", 10, "gpg.py", ["fill_batch"], groups),
     "Q5": Question(
-        "Training: sampling until enough groups are valid", 10, "gpg.py", ["train 1"], sampling
+        "Training: sampling until enough groups are valid",
+        10,
+        "gpg.py",
+        ["sample_groups"],
+        sampling,
     ),
-    "Q6": Question("Training: the groups of the update", 10, "gpg.py", ["train 2"], batch),
-    "Q7": Question("Training: one gradient step", 15, "gpg.py", ["train 3"], update),
+    "Q6": Question("Training: the groups of the update", 10, "gpg.py", ["choose_batch"], batch),
+    "Q7": Question("Training: one gradient step", 15, "gpg.py", ["update"], update),
 }
 WRITTEN = {"W1": 5, "W2": 5, "W3": 5}

@@ -1,9 +1,8 @@
 """A4, GRPO: the questions of grpo.py."""
 
 import torch
-from a3 import rewards_of
 from probe import Case, Question, call, gradient
-from training import train_case
+from training import rewards_of, train_case
 
 
 def advantages(seed: int) -> list[Case]:
@@ -70,7 +69,8 @@ SAMPLING = ["rounds", "reward_mean", "valid_share", "completion_length", "tokens
 def sampling(seed: int) -> list[Case]:
     flags = ["", "--dynamic-sampling --max-rounds 3", "--dynamic-sampling --max-rounds 8"]
     cases = [train_case(f"{x} --steps 1 --seed {seed}", SAMPLING) for x in flags]
-    return [*cases, train_case(f"{flags[1]} --steps 1 --seed {seed}", SAMPLING, "AllDead-v0")]
+    tasks = ("FewDead-v0", "AllDead-v0")
+    return cases + [train_case(f"{flags[1]} --steps 1 --seed {seed}", SAMPLING, x) for x in tasks]
 
 
 def batch(seed: int) -> list[Case]:
@@ -88,6 +88,14 @@ def updates(seed: int) -> list[Case]:
     return [*cases, train_case(f"--kl-beta 0 --steps 2 --seed {seed}", columns, "AllDead-v0")]
 
 
+TRAIN = {  # paragraphs of train that the handout makes functions
+    1: "sample_groups(model, tokenizer, task, run, args)"
+    " -> prompts, rollouts, rollout, rewards, valid",
+    2: "choose_batch(model, ref_model, rollout, rewards, valid, args)"
+    " -> batch, advantages, ref_logprobs",
+    3: "update(step, model, optimizer, ref_model, batch, advantages, ref_logprobs, flags, args)"
+    " -> updates, lr",
+}
 QUESTIONS = {
     "Q1": Question("Advantages", 10, "grpo.py", ["group_advantages"], advantages),
     "Q2": Question("The estimate of the KL", 15, "grpo.py", ["kl_k3"], kl),
@@ -95,8 +103,8 @@ QUESTIONS = {
     "Q4": Question(
         "What is clipped, and the minibatches", 10, "grpo.py", ["is_clipped", "minibatches"], clips
     ),
-    "Q5": Question("Training: sampling", 10, "grpo.py", ["train 1"], sampling),
-    "Q6": Question("Training: the batch of the updates", 10, "grpo.py", ["train 2"], batch),
-    "Q7": Question("Training: the updates", 10, "grpo.py", ["train 3"], updates),
+    "Q5": Question("Training: sampling", 10, "grpo.py", ["sample_groups"], sampling),
+    "Q6": Question("Training: the batch of the updates", 10, "grpo.py", ["choose_batch"], batch),
+    "Q7": Question("Training: the updates", 10, "grpo.py", ["update"], updates),
 }
 WRITTEN = {"W1": 5, "W2": 5, "W3": 5}

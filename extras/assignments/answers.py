@@ -1,5 +1,6 @@
 """Right answers to the written questions, by the reference; their numbers come from written.py."""
 
+import reinforce
 import torch
 
 import bandit_toy
@@ -81,6 +82,10 @@ def copg_value(h: list[float], r: list[float], beta: float) -> float:
 
 
 ANSWERS = {
+    "A0": {
+        "W1": lambda n: reinforce.exact_gradient(*map(torch.tensor, n.values()))[0].item(),
+        "W2": lambda n: (n["G"] - 1) / n["G"],
+    },
     "A1": {
         "W1": lambda n: bandit_regret("pg-value", n["mu1"], n["mu2"]),
         "W2": lambda n: bandit_regret("pg", n["mu1"], n["mu2"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import common
+import tasks as project
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_FLAGS = {"out", "command", "resume", "seed", "device"}  # these may differ as they like
@@ -22,7 +22,7 @@ def tasks(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, os.getcwd()])
     import my_tasks
 
-    return [common.make_task(my_tasks.TASK, split) for split in ("train", "test")]
+    return [project.make_task(my_tasks.TASK, split) for split in ("train", "test")]
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def test_a_problem_is_always_the_same(tasks):
     """The same index gives the same prompt, text that is not empty; there are many problems."""
     for task in tasks:
         size = getattr(task.unwrapped, "size", None) or 200
-        prompts = common.get_prompts(task, list(range(min(size, 200))))
-        assert prompts == common.get_prompts(task, list(range(min(size, 200))))
+        prompts = project.get_prompts(task, list(range(min(size, 200))))
+        assert prompts == project.get_prompts(task, list(range(min(size, 200))))
         assert len(set(prompts)) >= 50 and all(prompt.strip() for prompt in prompts)
 
 
 def test_training_is_not_the_test(tasks):
     """No prompt of the first 500 for training is among the first 200 of the test."""
-    train, test = (set(common.get_prompts(task, list(range(n)))) for task, n in
+    train, test = (set(project.get_prompts(task, list(range(n)))) for task, n in
                    zip(tasks, (500, 200), strict=True))  # fmt: skip
     assert not train & test
 
@@ -58,9 +58,9 @@ def test_rewards_tell_good_from_bad(tasks):
     """Rewards are finite; demonstrations get more than nonsense, and not all get the same."""
     task, problems = tasks[0], list(range(50))
     good = [task.unwrapped.demonstration(i) for i in problems]
-    rewards, _ = common.get_rewards(task, problems, good)
-    nonsense, _ = common.get_rewards(task, problems, ["?! nonsense"] * 50)
-    empty, _ = common.get_rewards(task, problems, [""] * 50)
+    rewards, _ = project.get_rewards(task, problems, good)
+    nonsense, _ = project.get_rewards(task, problems, ["?! nonsense"] * 50)
+    empty, _ = project.get_rewards(task, problems, [""] * 50)
     assert rewards.mean() > max(nonsense.mean(), empty.mean())
     assert rewards.unique().numel() > 1 or (rewards > nonsense).all()
 

@@ -1,6 +1,27 @@
 """Known mistakes, which are not handed out: {question: {name: (right text, wrong text, hint)}}."""
 
 MISTAKES = {
+    "A0": {
+        "Q1": {
+            'baseline missing': ('return pi * (rewards - (pi * rewards).sum())', 'return pi * rewards', 'The derivative of the softmax subtracts the mean of R under pi.'),
+            'mean without pi': ('(pi * rewards).sum())', 'rewards.mean())', 'E_pi[R] is the mean over the policy.'),
+        },
+        "Q2": {
+            'sign': ('return -((rewards', 'return ((rewards', 'A loss is minimised: minus the reward times ln pi.'),
+            'sum for mean': ('[arms]).mean()', '[arms]).sum()', 'Average over the arms drawn.'),
+            'probability for its logarithm': ('log_softmax(-1)[arms]', 'softmax(-1)[arms]', 'The gradient is that of ln pi, not of pi.'),
+            'baseline forgotten': ('(rewards - baseline)', 'rewards', 'Subtract the baseline from the rewards.'),
+        },
+        "Q3": {
+            'others include the sample itself': ('(rewards.sum() - rewards) / (len(rewards) - 1)', '(rewards.sum() - rewards) / len(rewards)', 'There are G - 1 others.'),
+            'one number for all': ('(rewards.sum() - rewards) / (len(rewards) - 1)', 'rewards.mean().expand(len(rewards))', 'The mean of the others leaves out the sample itself.'),
+        },
+        "Q4": {
+            'ascent for descent': ('logits - lr * gradient', 'logits + lr * gradient', 'The loss is minimised: step against its gradient.'),
+            'arms of the first policy': ('logits.detach().softmax(-1).multinomial(', 'torch.zeros(len(R)).double().softmax(-1).multinomial(', 'Draw the arms of each step from the current policy.'),
+            'baseline ignored': ('BASELINES[baseline](R[arms]))\n        (gradient,)', 'BASELINES["none"](R[arms]))\n        (gradient,)', 'Subtract the baseline that is asked for.'),
+        },
+    },
     "A1": {
         "Q1": {
             'KL reversed': ('kl = torch.xlogy(policy, policy / tensor(ref)).sum(-1)', 'kl = torch.xlogy(tensor(ref), tensor(ref) / policy).sum(-1)', 'The KL is KL(pi || ref): the mean over pi of ln(pi / ref).'),
@@ -158,9 +179,8 @@ MISTAKES = {
         "Q1": {
             'divided by G': ('return pairs.sum(1).mean() / (G - 1)', 'return pairs.sum(1).mean() / G', 'Divide the sum over pairs by G - 1.'),
             'mean over pairs': ('return pairs.sum(1).mean() / (G - 1)', 'return pairs.mean()', 'Sum over the pairs of a prompt, then divide by G - 1.'),
-            'beta instead of 2 beta': ('** 2 / (2 * beta)', '** 2 / beta', 'Completing the square leaves 1 / (2 beta).'),
+            'twice the loss': ('** 2 / (2 * beta)', '** 2 / beta', 'Divide by 2 beta, not by beta, and count each pair once.'),
             'beta forgotten': ('R_beta = rewards - beta * logratios', 'R_beta = rewards - logratios', 'R_beta = R - beta h.'),
-            'every pair twice': ('i, j = torch.triu_indices(G, G, 1)', 'i, j = torch.cartesian_prod(torch.arange(G), torch.arange(G)).T', 'Each pair counts once.'),
         },
         "Q2": {
             'IPO regresses to 1': ('((0.5 - beta * (h_chosen - h_rejected)) ** 2)', '((1 - beta * (h_chosen - h_rejected)) ** 2)', 'IPO regresses beta times the margin to 1/2.'),

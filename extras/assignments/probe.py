@@ -1,19 +1,21 @@
-"""What a question asks of a module: calls, and what they return. Runs in a process of its own.
-
-    python extras/assignments/probe.py A3 Q1 SEED OUT FOLDER ...     the functions of Q1 from FOLDER
+"""What a question asks of a module: calls, and what they return.
 
 A student's module is imported as it is, so that everything Python allows works. The functions of
-the other questions in it are replaced by the reference's: a mistake costs only its own question.
-What the calls return is written to OUT as JSON and compared elsewhere.
+the other questions in it are replaced by finished ones: a mistake costs only its own question. What
+the calls return is made plain, so that it can be written as JSON and compared elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import importlib
 import importlib.util
 import json
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +23,7 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+MEMORY = 8 * 2**30  # bytes of address space
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Case:
     label: str
     run: Callable
     tolerance: float = 1e-4  # relative to the largest number of the expected value
+    part: str = ""  # what has a share of the points; default: the label up to "(" or a space
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Question:
     title: str
     points: int
     file: str
-    names: list[str]  # functions and classes that the student writes; "train 2" is a paragraph
+    names: list[str]  # the functions and classes that the student writes
     cases: Callable  # seed -> list of cases
 
 
@@ -130,19 +131,16 @@ def load(path: Path, name: str):
     return module
 
 
-def prepared(questions: dict[str, Question], key: str, folder: Path):
-    """The student's module of a question, with the reference's functions for other questions."""
+def prepared(questions: dict[str, Question], key: str, finished: Path, folder: Path):
+    """The module of a question in a folder, with finished functions for the other questions."""
     file = questions[key].file
-    dotted = file.removesuffix(".py").replace("/", ".")
-    reference = importlib.import_module(dotted)
-    if folder == ROOT:
-        return reference
-    module = load(folder / file, f"{dotted}_submitted")
-    own = {name.split()[0] for name in questions[key].names}
+    name = file.removesuffix(".py").replace("/", ".")
+    module = load(folder / file, f"{name}_submitted")
+    right = load(finished / file, f"{name}_finished")
     for question in questions.values():
-        for name in {name.split()[0] for name in question.names} - own:
-            if question.file == file:
-                setattr(module, name, getattr(reference, name))
+        for name in set(question.names) - set(questions[key].names):
+            if question.file == file and "." not in name:
+                setattr(module, name, vars(right)[name])
     return module
 
 
@@ -156,24 +154,38 @@ def outcome(case: Case, module) -> dict:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def main(assignment: str, key: str, seed: str, out: str, *folders: str) -> None:
-    """Writes a list of outcomes for each folder."""
-    torch.set_num_threads(1)
+def outcomes(assignment: str, key: str, seed: int, out: Path, finished: Path, folders: list[Path]):
+    """Write what the cases of a question give with the module of each folder."""
     questions = importlib.import_module(assignment.lower()).QUESTIONS
     results = []
     for folder in folders:
-        cases = questions[key].cases(int(seed))
+        cases = questions[key].cases(seed)
         try:
-            module = prepared(questions, key, Path(folder).resolve())
+            module = prepared(questions, key, finished, folder)
         except (Exception, SystemExit) as error:
             problem = f"your file cannot be imported: {type(error).__name__}: {error}"
             results.append([{"error": problem[:300]}] * len(cases))
         else:
             results.append([outcome(case, module) for case in cases])
-    Path(out).write_text(json.dumps(results))
+    out.write_text(json.dumps(results))
 
 
-if __name__ == "__main__":
-    import probe  # so that Case and Question are the same classes here and in a1.py ...
+def limited(scratch: Path, seconds: float, function: Callable, *args) -> None:
+    """Call a function with limits on time, memory and files, silently, as the leader of a process
+    group, which ends with the process that started it."""
+    if os.name == "posix":
+        import resource
 
-    probe.main(*sys.argv[1:])
+        os.setsid()
+        with contextlib.suppress(OSError, AttributeError):  # Linux: PR_SET_PDEATHSIG
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        signal.alarm(math.ceil(seconds) + 5)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**27, 2**27))
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(null, stream)
+    os.environ |= {"TMPDIR": str(scratch), "MPLBACKEND": "agg"}
+    os.chdir(scratch)
+    torch.set_num_threads(1)
+    function(*args)

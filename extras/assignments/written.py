@@ -28,6 +28,21 @@ def summary(rng):
 
 
 QUESTIONS = {  # assignment: question: (text, the numbers of a student)
+    "A0": {
+        "W1": (
+            "A policy over three arms has these logits, the arms these rewards. What is the "
+            "derivative of J with respect to the first logit?",
+            lambda rng: {
+                "logits": [rng.randint(-10, 10) / 10 for _ in range(3)],
+                "rewards": [rng.randint(-20, 20) / 10 for _ in range(3)],
+            },
+        ),
+        "W2": (
+            "The baseline is the mean of all G rewards. By which factor is the expected estimate "
+            "of the gradient too small?",
+            lambda rng: {"G": rng.randint(3, 12)},
+        ),
+    },
     "A1": {
         "W1": (
             "The data come from mu1 and mu2 below; rewards, reference and beta are those of the "

@@ -1,0 +1,33 @@
+"""A7, three bugs: what is repaired in gpg.py. This file is not handed out."""
+
+import random
+from dataclasses import replace
+
+import a3
+from mistakes import MISTAKES
+from probe import Case, Question
+
+HUNTED = {  # A3's mistakes from which each bug is chosen; every one of them changes a default run
+    "Q1": ("Q2", ["samples for groups", "share of valid groups"]),
+    "Q2": ("Q3", ["total_tokens ignored", "divided by N T"]),
+    "Q3": ("Q7", ["gradients not cleared", "advantages of the first rows"]),
+}
+
+
+def bugs(seed: int) -> dict[str, tuple[str, str, str]]:
+    """{question: (right text, wrong text, hint)}, others every year."""
+    rng = random.Random(seed)
+    return {key: MISTAKES["A3"][q][rng.choice(names)] for key, (q, names) in HUNTED.items()}
+
+
+def training(seed: int) -> list[Case]:
+    cases = [*a3.sampling(seed), *a3.batch(seed), *a3.update(seed)]
+    return [replace(case, part="train") for case in cases]
+
+
+QUESTIONS = {
+    "Q1": Question("The first bug", 15, "gpg.py", ["gradient_scale"], a3.alpha),
+    "Q2": Question("The second bug", 15, "gpg.py", ["gpg_loss"], a3.loss),
+    "Q3": Question("The third bug", 15, "gpg.py", ["train"], training),
+}
+WRITTEN = {}
