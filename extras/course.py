@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(TEXTS)]
 import written  # noqa: E402
 from answers import ANSWERS  # noqa: E402
 from mistakes import MISTAKES  # noqa: E402
-from probe import limited, outcomes, same  # noqa: E402
+from probe import difference, limited, outcomes, same  # noqa: E402
 
 from run import Parser, plain_errors  # noqa: E402
 from tasks import UserError  # noqa: E402
@@ -260,12 +260,7 @@ def judge(name: str, key: str, got: list[dict]) -> tuple[float, str]:
         ok = agree(a, b, case.tolerance)
         parts.setdefault(case.part or re.split(r"[( ]", case.label)[0], []).append(ok)
         if not ok:
-            yours, mine = a.get("value"), b["value"]
-            if isinstance(yours, dict) and isinstance(mine, dict):  # only what is different
-                wrong = [x for x in mine if not same(yours.get(x), mine[x], case.tolerance)]
-                yours, mine = ({x: value.get(x) for x in wrong} for value in (yours, mine))
-            yours = a.get("error") or brief(yours)
-            shown.append(f"- {case.label}\n  expected: {brief(mine)}\n  yours:    {yours}")
+            shown.append(f"- {case.label}\n{difference(a, b, case.tolerance)}")
     share = sum(map(all, parts.values())) / len(parts)
     lines = [f"{len(cases) - len(shown)} of {len(cases)} checks passed.", *shown[:2]]
     for mistake in known_mistakes(name, key, got) if share < 1 else ():
@@ -287,19 +282,6 @@ def known_mistakes(name: str, key: str, got: list[dict]) -> list[str]:
         if all(agree(a, w, c.tolerance) for a, _, w, c in rows):
             exact.append(mistake)
     return exact or found
-
-
-def brief(value) -> str:
-    text = json.dumps(round_numbers(value))
-    return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
-def round_numbers(value):
-    if isinstance(value, dict):
-        return {key: round_numbers(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [round_numbers(x) for x in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def run_pytest(folder: Path, *args: str) -> str:
@@ -465,7 +447,10 @@ def lift(source: str, number: int, signature: str) -> str:
     sizes = [f"    {', '.join(uses)} = {', '.join(sizes[x] for x in uses)}"] if uses else []
     text = f'    """{comment.split(". ", 1)[1]}\n\n    -> {outputs}\n    """'
     function = [f"def {call}:", *text.split("\n"), *sizes, *body, f"    return {outputs}", "", ""]
-    lines[start + 1 : end] = [f"        {outputs} = {call}", ""]
+    line = f"        {outputs} = {call}"
+    if len(line) > 100:
+        line = f"        {outputs} = (\n            {call}\n        )"
+    lines[start + 1 : end] = [line, ""]
     at = lines.index("def train(args: argparse.Namespace) -> Run:")
     return "\n".join([*lines[:at], *function, *lines[at:]])
 

@@ -26,8 +26,10 @@ def draws(seed: int) -> list[Case]:
         return {"shares": shares, "logprob": logprobs[tokens == tokens[0]][0].exp().item() > 0}
 
     def logprob(module, temperature):
-        tokens, logprobs = module.draw(logits.repeat(200, 1), temperature)
-        return {str(t.item()): x for t, x in zip(tokens, logprobs.tolist(), strict=True)}
+        tokens, logprobs = module.draw(logits.repeat(2000, 1), temperature)
+        found = dict(zip(tokens.tolist(), logprobs.tolist(), strict=True))
+        frequent = ((logits[0] / temperature).softmax(-1) > 0.01).nonzero().flatten().tolist()
+        return {token: found.get(token) for token in frequent}
 
     def greedy(module):
         return [x.tolist() for x in module.draw(torch.cat([logits, -logits]), 0.0)]

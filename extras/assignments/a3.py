@@ -2,7 +2,7 @@
 
 import torch
 from probe import Case, Question, call, gradient
-from training import rewards_of, train_case
+from training import rewards_of, sampling_cases, train_case
 
 
 def advantages(seed: int) -> list[Case]:
@@ -44,17 +44,18 @@ def groups(seed: int) -> list[Case]:
     return cases
 
 
-SAMPLING = ["rounds", "reward_mean", "valid_share", "completion_length", "tokens"]
-FLAGS = ["--beta-th 0"] + [f"--beta-th {x} --max-rounds 4" for x in (0.5, 0.7, 0.75, 0.9)]
-
-
 def sampling(seed: int) -> list[Case]:
-    return [train_case(f"{flags} --steps 1 --seed {seed}", SAMPLING) for flags in FLAGS]
+    flags = [f"--beta-th {x} --max-rounds 4" for x in (0.5, 0.7, 0.75, 0.9)]
+    return sampling_cases(["--beta-th 0", *flags], seed)
 
 
 def batch(seed: int) -> list[Case]:
+    def values(alpha, total_tokens):
+        return {"alpha": alpha, "total_tokens": total_tokens}
+
     flags = ["--beta-th 0", "--beta-th 0 --no-alpha", "--beta-th 0.9 --max-rounds 3"]
-    return [train_case(f"{x} --steps 1 --seed {seed}", ["alpha", "loss"]) for x in flags]
+    flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
+    return [train_case(x, values, until="choose_batch") for x in flags]
 
 
 def update(seed: int) -> list[Case]:

@@ -2,7 +2,7 @@
 
 import torch
 from probe import Case, Question, call, gradient
-from training import rewards_of, train_case
+from training import rewards_of, sampling_cases, train_case
 
 
 def advantages(seed: int) -> list[Case]:
@@ -63,20 +63,24 @@ def clips(seed: int) -> list[Case]:
     return cases
 
 
-SAMPLING = ["rounds", "reward_mean", "valid_share", "completion_length", "tokens"]
-
-
 def sampling(seed: int) -> list[Case]:
-    flags = ["", "--dynamic-sampling --max-rounds 3", "--dynamic-sampling --max-rounds 8"]
-    cases = [train_case(f"{x} --steps 1 --seed {seed}", SAMPLING) for x in flags]
-    tasks = ("FewDead-v0", "AllDead-v0")
-    return cases + [train_case(f"{flags[1]} --steps 1 --seed {seed}", SAMPLING, x) for x in tasks]
+    dynamic = ["--dynamic-sampling --max-rounds 3"]
+    cases = sampling_cases(["", *dynamic, "--dynamic-sampling --max-rounds 8"], seed)
+    return cases + [
+        x for t in ("FewDead", "AllDead") for x in sampling_cases(dynamic, seed, f"{t}-v0")
+    ]
 
 
 def batch(seed: int) -> list[Case]:
+    def values(batch, advantages, ref_logprobs):
+        """In any order of the rows."""
+        sums = [x.double().sum(1) for x in (batch.completion_ids, batch.logprobs, ref_logprobs)]
+        found = {"rows": len(batch.texts), "advantages": advantages.sort().values}
+        return found | {"sums over the rows": [(advantages * x).sum() for x in sums]}
+
     flags = ["", "--kl-beta 0", "--dynamic-sampling --max-rounds 3", "--scale none"]
-    flags += ["--kl-beta 0.5 --temperature 0.7 --lr 1e-2"]
-    return [train_case(f"{x} --steps 2 --seed {seed}", ["loss", "grad_norm", "kl"]) for x in flags]
+    flags = [f"{x} --steps 1 --seed {seed}" for x in [*flags, "--temperature 0.7"]]
+    return [train_case(x, values, until="choose_batch") for x in flags]
 
 
 def updates(seed: int) -> list[Case]:

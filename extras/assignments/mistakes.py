@@ -141,6 +141,7 @@ MISTAKES = {
             'k1': ('return log_ratio.expm1() - log_ratio', 'return -log_ratio', 'That is k1, the log-ratio alone; eq. 4 is k3.'),
             'k2': ('return log_ratio.expm1() - log_ratio', 'return log_ratio**2 / 2', 'That is k2, half of the squared log-ratio; eq. 4 is k3.'),
             'inaccurate for small differences': ('return log_ratio.expm1() - log_ratio', 'return log_ratio.exp() - 1 - log_ratio', 'exp(x) - 1 loses digits for small x: use torch.expm1.'),
+            'the logarithm of the ratio': ('return log_ratio.expm1() - log_ratio', 'ratio = log_ratio.exp()\n    return ratio - 1 - ratio.log()', 'exp, then log, loses digits for small differences: use the log-ratio, and torch.expm1.'),
         },
         "Q3": {
             'sign': ('return -(J * mask).sum() / total', 'return (J * mask).sum() / total', 'J is maximised, the loss minimised.'),

@@ -78,9 +78,11 @@ def gradient(name: str, *args, wrt: int = 0, tolerance: float = 1e-4, **kwargs) 
 def brief(x) -> str:
     if isinstance(x, torch.Tensor):
         return brief(x.tolist()) if x.numel() <= 16 else f"a tensor {list(x.shape)}"
+    if isinstance(x, dict):
+        return ", ".join(f"{key} {brief(value)}" for key, value in x.items())
     if isinstance(x, list):
         return f"[{', '.join(map(brief, x))}]"
-    return f"{x:.4g}" if isinstance(x, float) else repr(x)
+    return f"{x:.5g}" if isinstance(x, float) else repr(x)
 
 
 def plain(value):
@@ -122,6 +124,16 @@ def close(x: float, y: float, atol: float) -> bool:
     return x == y or (math.isnan(x) and math.isnan(y)) or abs(x - y) <= atol
 
 
+def difference(got: dict, right: dict, tolerance: float) -> str:
+    """The expected value and what came instead; of a dict only what is different."""
+    mine, yours = right["value"], got.get("value")
+    if isinstance(mine, dict) and isinstance(yours, dict):
+        wrong = [x for x in mine if not same(yours.get(x), mine[x], tolerance)]
+        mine, yours = ({x: value.get(x) for x in wrong} for value in (mine, yours))
+    texts = brief(mine), got.get("error") or brief(yours)
+    return "  expected: {}\n  yours:    {}".format(*(x[:300] for x in texts))
+
+
 def load(path: Path, name: str):
     """The module in a file, under a name of its own. A file of tasks/ may import its neighbours."""
     spec = importlib.util.spec_from_file_location(name, path)
@@ -148,8 +160,8 @@ def outcome(case: Case, module) -> dict:
     torch.manual_seed(0)
     try:
         return {"value": plain(case.run(module))}
-    except NotImplementedError:
-        return {"error": "not done yet"}
+    except NotImplementedError as error:
+        return {"error": f"not done yet ({error})"}
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 

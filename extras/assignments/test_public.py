@@ -16,9 +16,8 @@ CASES = [(key, i) for key, question in QUESTIONS.items() for i in range(len(ques
 @pytest.mark.parametrize("key, i", CASES, ids=[f"{key}-{i + 1}" for key, i in CASES])
 def test_question(key, i):
     module = importlib.import_module(QUESTIONS[key].file.removesuffix(".py").replace("/", "."))
-    case, right = QUESTIONS[key].cases(0)[i], GIVEN["values"][key][i]["value"]
+    case, right = QUESTIONS[key].cases(0)[i], GIVEN["values"][key][i]
     got = probe.outcome(case, module)
-    if "error" in got:
-        pytest.fail(f"{case.label}: {got['error']}", pytrace=False)
-    if not probe.same(got["value"], right, case.tolerance):
-        pytest.fail(f"{case.label}\nexpected {right}\nyours    {got['value']}", pytrace=False)
+    if "error" in got or not probe.same(got["value"], right["value"], case.tolerance):
+        text = probe.difference(got, right, case.tolerance)
+        pytest.fail(f"{case.label}\n{text}", pytrace=False)

@@ -68,21 +68,51 @@ def small_model() -> str:
     return directory
 
 
-def train_case(flags: str, columns: list[str], task: str = "Letters-v0") -> Case:
-    """The metrics of a run with these flags in every step; "weights" is how far they have moved."""
+class Returned(Exception):
+    """What the function at which a training is stopped has returned."""
 
-    def run(module) -> dict:
+
+def train_case(flags: str, values, task: str = "Letters-v0", until: str = "") -> Case:
+    """A training with these flags. `values` are columns of its metrics, "weights" being how far
+    they have moved; or, with `until`, a function of what this function of the module returns."""
+
+    def run(module):
         fixed = f"--model {small_model()} --task {task} --prompts 4 --group-size 4 --lr 1e-3 "
         fixed += "--max-new-tokens 8 --warmup 2 --eval-problems 1 --eval-samples 1 "
         fixed += f"--eval-every 99 --device cpu --out {tempfile.mkdtemp()} "
         Run.save = Run.finish = lambda run: None  # slow, and not looked at
-        trained = module.train(module.parse_args((fixed + flags).split()))
-        before = AutoModelForCausalLM.from_pretrained(small_model())
-        moved = zip(trained.model.parameters(), before.parameters(), strict=True)
-        values = {x: [row.get(x) for row in trained.rows[1:]] for x in columns}
-        if "weights" in columns:
-            values["weights"] = [(now - old).norm().item() for now, old in moved]
-        return values
+        args = module.parse_args((fixed + flags).split())
+        if until:
+            function = getattr(module, until)
 
-    label = f"train with {flags or 'its defaults'} on {task}"
+            def stop(*args):
+                raise Returned(function(*args))
+
+            setattr(module, until, stop)
+            try:
+                module.train(args)
+            except Returned as returned:
+                return values(*returned.args[0])
+            finally:
+                setattr(module, until, function)
+        trained = module.train(args)
+        found = {x: [row.get(x) for row in trained.rows[1:]] for x in values}
+        if "weights" in values:
+            before = AutoModelForCausalLM.from_pretrained(small_model()).parameters()
+            moved = zip(trained.model.parameters(), before, strict=True)
+            found["weights"] = [(now - old).norm().item() for now, old in moved]
+        return found
+
+    label = f"{until or 'train'} with {flags.strip() or 'its defaults'} on {task}"
     return Case(label, run, 1e-3, part=label)
+
+
+def sampling_cases(flags: list[str], seed: int, task: str = "Letters-v0") -> list[Case]:
+    """What `sample_groups` returns in the first step of trainings with these flags."""
+
+    def values(prompts, rollouts, rollout, rewards, valid):
+        found = {"prompts": len(prompts), "rollouts": len(rollouts), "rows": len(rollout.texts)}
+        return found | {"rewards": rewards, "valid": valid}
+
+    flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
+    return [train_case(x, values, task, until="sample_groups") for x in flags]
