@@ -32,6 +32,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(TEXTS)]
 
 import written  # noqa: E402
 from answers import ANSWERS  # noqa: E402
-from mistakes import MISTAKES  # noqa: E402
+from mistakes import known_in  # noqa: E402
 from probe import difference, limited, outcomes, same  # noqa: E402
 
 from run import Parser, plain_errors  # noqa: E402
@@ -59,13 +60,12 @@ TITLES = {
     "A6": "A task of your own",
     "A7": "Three bugs",
 }
-CONTRACT = {  # A6: pytest of the handout's own contract
-    "Q1": ("The task", 15, "problem or training or rewards"),
-    "Q2": ("The runs", 10, "runs"),
-    "Q3": ("The report", 5, "report"),
+CONTRACT = {  # A6: points, and words in the names of the tests of the handout's own contract
+    "Q1 The task": (15, "problem or training or rewards"),
+    "Q2 The runs": (10, "runs"),
+    "Q3 The report": (5, "report"),
 }
-LIBRARY = {  # beside the file that the student writes
-    "A0": [],
+BESIDE = {  # the project's files that a handout has beside the one that the student writes
     "A1": ["run.py", "tasks"],
     "A2": ["run.py", "tasks"],
     "A3": ["common.py", "run.py", "tasks"],
@@ -158,7 +158,7 @@ def expected(name: str, key: str, seed: int) -> list[dict]:
 @functools.cache
 def mistaken(name: str, key: str) -> dict[str, list[dict]]:
     """What each known mistake gives."""
-    mistakes, file = MISTAKES.get(name, {}).get(key, {}), questions(name)[key].file
+    mistakes, file = known_in(f"{name} {key}"), questions(name)[key].file
     sources = [finished(name, file, (right, wrong)) for right, wrong, _ in mistakes.values()]
     found = returned(name, key, SEED, *sources) if sources else []
     if isinstance(found, str):
@@ -179,22 +179,17 @@ def agree(a: dict, b: dict, tolerance: float) -> bool:
 
 def find_files(name: str, folder: Path, scratch: Path) -> None:
     """Copy the submitted files into a folder of their own. Links and huge files are left out."""
-    wanted = {question.file for question in questions(name).values()} | {"answers.json"}
-    if name == "A6":
-        wanted |= {"my_tasks.py", "report.md"}
-        wanted |= {f"runs/{run}/{file}" for run in "ab" for file in ("config.json", "metrics.csv")}
-    if name == "A7":
-        wanted |= {"test_bugs.py"}
-    folders = [folder]
-    for path in folder.iterdir():  # a zip file often wraps everything in one more folder
-        if path.is_dir() and not path.is_symlink() and path.name[0] not in "._":
-            folders.append(path)
-    for file in wanted:
-        for place in folders:
-            path = next((p for p in (place / file, place / Path(file).name) if p.is_file()), None)
-            if path and not path.is_symlink() and path.stat().st_size <= LARGEST:
-                (scratch / file).parent.mkdir(parents=True, exist_ok=True)
+    wanted = ["answers.json", "my_tasks.py", "report.md", "test_bugs.py"]
+    wanted += [f"runs/{run}/{file}" for run in "ab" for file in ("config.json", "metrics.csv")]
+    folders = [folder, *(x for x in folder.iterdir() if x.is_dir() and x.name[0] not in "._")]
+    for file in [*wanted, *(question.file for question in questions(name).values())]:
+        places = [
+            x / part for x in folders for part in (file, Path(file).name)
+        ]  # zips add a folder
+        for path in places:
+            if path.is_file() and not path.is_symlink() and path.stat().st_size <= LARGEST:
                 text = path.read_bytes().decode("utf-8-sig", errors="replace")
+                (scratch / file).parent.mkdir(parents=True, exist_ok=True)
                 (scratch / file).write_text(text, encoding="utf-8")
                 break
 
@@ -203,16 +198,16 @@ def jobs(name: str, folder: Path, answers: dict | str, students: list[str]) -> d
     """{title: (points, a function that gives the share of the points and feedback)}."""
     found = {}
     for key, question in questions(name).items():
-        job = functools.partial(grade_question, name, key, folder)
-        found[f"{key} {question.title}"] = question.points, job
-    for key, (title, points, keyword) in CONTRACT.items() if name == "A6" else ():
-        job = functools.partial(grade_contract, folder, keyword)
-        found[f"{key} {title}"] = points, job
+        found[f"{key} {question.title}"] = (
+            question.points,
+            partial(grade_question, name, key, folder),
+        )
+    for title, (points, words) in CONTRACT.items() if name == "A6" else ():
+        found[title] = points, partial(grade_contract, folder, words)
     for key in questions(name) if name == "A7" else ():
-        found[f"T{key[1:]} A test"] = 10, functools.partial(grade_test, folder, key)
+        found[f"T{key[1:]} A test"] = 10, partial(grade_test, folder, key)
     for key, points in written_points(name).items():
-        job = functools.partial(grade_answer, name, students, answers, key)
-        found[f"{key} written"] = points, job
+        found[f"{key} written"] = points, partial(grade_answer, name, key, students, answers)
     return found
 
 
@@ -264,7 +259,7 @@ def judge(name: str, key: str, got: list[dict]) -> tuple[float, str]:
     share = sum(map(all, parts.values())) / len(parts)
     lines = [f"{len(cases) - len(shown)} of {len(cases)} checks passed.", *shown[:2]]
     for mistake in known_mistakes(name, key, got) if share < 1 else ():
-        hint = MISTAKES[name][key][mistake][2]
+        hint = known_in(f"{name} {key}")[mistake][2]
         lines.append(f'Your code behaves like a known mistake, "{mistake}": {hint}')
     return share, "\n".join(lines)
 
@@ -323,7 +318,8 @@ def grade_test(folder: Path, key: str) -> tuple[float, str]:
 
 
 def written_points(name: str) -> dict[str, int]:
-    return {} if name == "A6" else module_of(name).WRITTEN
+    text = (TEXTS / f"{name}.md").read_text(encoding="utf-8")
+    return {key: int(n) for key, n in re.findall(r"- \*\*(W\d)\*\* \((\d+) points\)", text)}
 
 
 def read_answers(path: Path) -> dict | str:
@@ -337,7 +333,7 @@ def read_answers(path: Path) -> dict | str:
     return answers if isinstance(answers, dict) else "answers.json has to be an object, {...}."
 
 
-def grade_answer(name: str, students: list, answers: dict | str, key: str) -> tuple[float, str]:
+def grade_answer(name: str, key: str, students: list, answers: dict | str) -> tuple[float, str]:
     """A number, compared with the reference's for the numbers of this student, or, in a group, of
     any of these."""
     if isinstance(answers, str):
@@ -347,7 +343,7 @@ def grade_answer(name: str, students: list, answers: dict | str, key: str) -> tu
     except (TypeError, ValueError, OverflowError):
         return 0.0, f"answers.json has no number under {key!r}."
     for student in students:
-        right = ANSWERS[name][key](written.numbers(name, key, student))
+        right = ANSWERS[f"{name} {key}"](**written.numbers(name, key, student))
         if math.isclose(answer, right, rel_tol=1e-3, abs_tol=1e-9):
             return 1.0, "Right."
     return 0.0, f"Not right for the numbers of {' or '.join(students)}."
@@ -359,7 +355,7 @@ def grade_many(name: str, folder: Path, out: Path) -> None:
     if not students:
         raise UserError(f"{folder}: no folder in it; one per student is expected")
     keys = [title.split()[0] for title in jobs(name, folder, {}, [])]
-    rows, details = {}, out.with_suffix("")
+    rows, details, new = {}, out.with_suffix(""), out.with_suffix(".new")
     details.mkdir(parents=True, exist_ok=True)
     if out.exists():
         with out.open(encoding="utf-8", newline="") as file:
@@ -370,14 +366,13 @@ def grade_many(name: str, folder: Path, out: Path) -> None:
         if rows.get(path.name, {}).get("hash") == digest:
             continue
         results = grade(name, path, None, details / f"{path.name}.json")
-        scores = dict(zip(keys, (test["score"] for test in results["tests"]), strict=True))
-        rows[path.name] = {"student": path.name, "score": results["score"], **scores}
-        rows[path.name]["hash"] = digest
-        with out.with_suffix(".new").open("w", encoding="utf-8", newline="") as file:
+        rows[path.name] = {"student": path.name, "score": results["score"], "hash": digest}
+        rows[path.name] |= {k: x["score"] for k, x in zip(keys, results["tests"], strict=True)}
+        with new.open("w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, ["student", "score", *keys, "hash"], lineterminator="\n")
             table.writeheader()
             table.writerows(rows[student] for student in sorted(rows))
-        out.with_suffix(".new").replace(out)
+        new.replace(out)
 
 
 def write_json(path: Path, results: dict) -> None:
@@ -395,7 +390,7 @@ def make(name: str, out: Path) -> None:
     """Write the handout into a folder that is new or empty. Raises UserError."""
     new_folder(out)
     ignore = shutil.ignore_patterns("__pycache__")
-    for part in [*LIBRARY[name], "requirements.txt"]:
+    for part in [*BESIDE.get(name, []), "requirements.txt"]:
         if (ROOT / part).is_dir():
             shutil.copytree(ROOT / part, out / part, ignore=ignore)
         else:
@@ -408,8 +403,8 @@ def make(name: str, out: Path) -> None:
         shutil.copy(TEXTS / "contract.py", out / "test_contract.py")
     if name in ("A6", "A7"):
         return
-    texts = ["probe.py", "written.py", "test_public.py", f"{name.lower()}.py"]
-    for file in [*texts, *(["training.py"] if "tasks" in LIBRARY[name] else [])]:
+    files = ["probe.py", "written.py", "test_public.py", f"{name.lower()}.py"]
+    for file in [*files, "training.py"] if name in BESIDE else files:
         shutil.copy(TEXTS / file, out)
     values = {key: expected(name, key, 0) for key in questions(name)}
     (out / "expected.json").write_text(json.dumps({"assignment": name, "values": values}))
@@ -428,7 +423,7 @@ def handout(name: str, file: str) -> str:
     for right, wrong, _ in module_of(name).bugs(SEED).values() if name == "A7" else ():
         source = source.replace(right, wrong)
     for key, question in questions(name).items() if name != "A7" else ():
-        for region in question.names if question.file == file else ():
+        for region in question.names.split() if question.file == file else ():
             source = stub(source, region, key)
     return source
 
@@ -439,20 +434,15 @@ def lift(source: str, number: int, signature: str) -> str:
     lines = source.split("\n")
     marks = [i for i, line in enumerate(lines) if re.match(r" {8}# \d\. ", line)]
     start, end = marks[number - 1], marks[number]
-    comment, body = lines[start].strip(), [line[4:] for line in lines[start + 1 : end]]
-    while not body[-1]:
-        body.pop()
-    uses = [x for x in ("B", "G") if re.search(rf"\b{x}\b", "\n".join(body))]
+    comment, body = lines[start].split(". ", 1)[1], "\n".join(lines[start + 1 : end]).rstrip()
     sizes = {"B": "args.prompts", "G": "args.group_size"}
-    sizes = [f"    {', '.join(uses)} = {', '.join(sizes[x] for x in uses)}"] if uses else []
-    text = f'    """{comment.split(". ", 1)[1]}\n\n    -> {outputs}\n    """'
-    function = [f"def {call}:", *text.split("\n"), *sizes, *body, f"    return {outputs}", "", ""]
-    line = f"        {outputs} = {call}"
-    if len(line) > 100:
-        line = f"        {outputs} = (\n            {call}\n        )"
-    lines[start + 1 : end] = [line, ""]
+    sizes = [f"    {x} = {value}" for x, value in sizes.items() if re.search(rf"\b{x}\b", body)]
+    body = [line[4:] for line in body.split("\n")]
+    text = [f'    """{comment}', "", f"    -> {outputs}", '    """']
+    lines[start + 1 : end] = [f"        {outputs} = (", f"            {call}", "        )", ""]
     at = lines.index("def train(args: argparse.Namespace) -> Run:")
-    return "\n".join([*lines[:at], *function, *lines[at:]])
+    lines[at:at] = [f"def {call}:", *text, *sizes, *body, f"    return {outputs}", "", ""]
+    return "\n".join(lines)
 
 
 def stub(source: str, region: str, key: str) -> str:
@@ -481,23 +471,15 @@ def stub(source: str, region: str, key: str) -> str:
 
 
 def text_of(name: str) -> str:
-    """The text of an assignment: its headings get titles, points, and what is to be written."""
-    text = (TEXTS / f"{name}.md").read_text(encoding="utf-8")
-    for key, question in questions(name).items():
-        places = ", ".join(f"`{x}`" for x in question.names)
-        title = f"## {key}. {question.title} ({question.points} points)\n\n"
-        text = text.replace(f"## {key}\n", f"{title}In `{question.file}`: {places}.\n")
-    for key, (title, points, _) in CONTRACT.items() if name == "A6" else ():
-        text = text.replace(f"## {key}\n", f"## {key}. {title} ({points} points)\n")
-    rows = [
-        f"`python written.py {name} YOUR_ID` prints these questions with your own numbers. Put "
-        "your id and the answers, with four significant digits or more, into `answers.json`. On "
-        "Gradescope your id is the email address with which you are registered.\n"
-    ]
-    for key, points in written_points(name).items():
-        rows.append(f"- **{key}** ({points} points): {written.QUESTIONS[name][key][0]}")
-    rules = (TEXTS / "rules.md").read_text(encoding="utf-8").rstrip()
-    return text.replace("{rules}", rules).replace("{written}", "\n".join(rows))
+    """The text of an assignment; its questions get titles, points, and what is to be written."""
+    text, rules = ((TEXTS / f"{x}.md").read_text(encoding="utf-8") for x in (name, "rules"))
+    for title, (points, _) in jobs(name, Path(), {}, []).items():
+        key, question = title[:2], questions(name).get(title[:2])
+        where = (
+            f"; `{'`, `'.join(question.names.split())}` in `{question.file}`" if question else ""
+        )
+        text = text.replace(f"- **{key}** ", f"- **{title}** ({points} points{where}). ")
+    return text.replace("{rules}", rules.rstrip()).replace("{name}", name)
 
 
 SETUP = """#!/usr/bin/env bash
@@ -571,8 +553,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "list":
         for name, title in TITLES.items():
             print(f"{name}  {title}")
-            for title, (points, _) in jobs(name, Path(), {}, []).items():
-                print(f"    {points:3}  {title}")
+            for question, (points, _) in jobs(name, Path(), {}, []).items():
+                print(f"    {points:3}  {question}")
     elif args.command == "make":
         if args.gradescope:
             new_folder(args.gradescope)

@@ -43,9 +43,8 @@ def training(seed: int) -> list[Case]:
 
 
 QUESTIONS = {
-    "Q1": Question("The exact gradient", 20, "reinforce.py", ["exact_gradient"], exact),
-    "Q2": Question("The loss", 20, "reinforce.py", ["reinforce_loss"], loss),
-    "Q3": Question("Baselines", 20, "reinforce.py", ["group_mean", "mean_of_others"], baselines),
-    "Q4": Question("Training", 20, "reinforce.py", ["train"], training),
+    "Q1": Question("The exact gradient", 20, "reinforce.py", "exact_gradient", exact),
+    "Q2": Question("The loss", 20, "reinforce.py", "reinforce_loss", loss),
+    "Q3": Question("Baselines", 20, "reinforce.py", "group_mean mean_of_others", baselines),
+    "Q4": Question("Training", 20, "reinforce.py", "train", training),
 }
-WRITTEN = {"W1": 10, "W2": 10}

@@ -1,9 +1,11 @@
 """A1, CoPG on a bandit: the questions of bandit_toy.py."""
 
+import functools
+
 import torch
 from probe import Case, Question, call
 
-METHODS = ["pg_loss", "pg_value_loss", "pg_value_kl_loss", "is_loss", "rloo_loss", "ipo_loss"]
+RIVALS = "pg_loss pg_value_loss pg_value_kl_loss is_loss rloo_loss ipo_loss dpo_loss"
 
 
 def numbers(seed: int):
@@ -34,46 +36,38 @@ def pairs(module, seed: int):
     return p, logits
 
 
-def value_and_slope(value, logits) -> dict:
-    slope = torch.zeros_like(logits)
-    if value.requires_grad:
-        slope = torch.autograd.grad(value.sum(), logits, allow_unused=True)[0]
-    return {"value": value.detach(), "gradient": slope}
-
-
 def attributes(seed: int) -> list[Case]:
-    cases = []
-    for name in ("r", "r_", "rb", "rb_", "logp", "logp_", "h", "h_", "pi", "regularised"):
+    def shown(module, name):
+        """The value of an attribute or of a method, and its gradient."""
+        p, logits = pairs(module, seed)
+        value = getattr(p, name)
+        value = value() if callable(value) else value
+        found = []
+        for x in value if isinstance(value, tuple) else (torch.as_tensor(value),):
+            slope = torch.zeros(logits.shape)
+            if x.requires_grad:
+                slope = torch.autograd.grad(x.sum(), logits)[0]
+            found.append({"value": x.detach(), "gradient": slope})
+        return found
 
-        def run(module, name=name):
-            p, logits = pairs(module, seed)
-            return value_and_slope(torch.as_tensor(getattr(p, name)), logits)
-
-        cases.append(Case(f"Pairs.{name}, with its gradient", run, part=name))
-    for name in ("value", "value_kl", "weights", "margin"):
-
-        def run(module, name=name):
-            p, logits = pairs(module, seed)
-            values = getattr(p, name)()
-            values = values if isinstance(values, tuple) else (values,)
-            return [value_and_slope(value, logits) for value in values]
-
-        cases.append(Case(f"Pairs.{name}(), with its gradient", run, part=name))
-    return cases
+    names = ["r", "r_", "rb", "rb_", "logp", "logp_", "h", "h_", "pi", "regularised"]
+    names += ["value", "value_kl", "weights", "margin"]
+    runs = {name: functools.partial(shown, name=name) for name in names}
+    return [Case(f"Pairs.{x}, with its gradient", run, part=x) for x, run in runs.items()]
 
 
-def loss_cases(names: list[str], seed: int) -> list[Case]:
-    """The gradient of each loss, which is all that counts: a constant does not matter."""
-    cases = []
-    for name in names:
+def losses(names: str):
+    """Questions about the gradient of each loss, which is all that counts: a constant does not."""
 
-        def run(module, name=name):
-            p, logits = pairs(module, seed)
-            loss = getattr(module, name)(p)  # [3, 4]
-            weight = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(3, 4)
-            return torch.autograd.grad((loss * weight).sum(), logits)[0]
+    def gradient(module, name, seed):
+        p, logits = pairs(module, seed)
+        weight = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(3, 4)
+        return torch.autograd.grad((getattr(module, name)(p) * weight).sum(), logits)[0]
 
-        cases.append(Case(f"{name}(pairs), its gradient with respect to the logits", run))
+    def cases(seed: int) -> list[Case]:
+        runs = {x: functools.partial(gradient, name=x, seed=seed) for x in names.split()}
+        return [Case(f"{x}(pairs), its gradient in the logits", run) for x, run in runs.items()]
+
     return cases
 
 
@@ -94,38 +88,19 @@ def data(seed: int) -> list[Case]:
         apart = bool((y[0] != y[1]).any() and (y != y_).any())
         return {"wins": preferred, "shares": shares, "seeds differ": apart}
 
-    return [
-        Case("collect((.2, .3, .5), 4000, rng, env), shares and rewards of the arms", episodes),
-        Case(
-            "data_set(...), sampled: shares and preferences", lambda m: columns(m, "sampled"), 0.1
-        ),
-        Case("data_set(...), ranked: shares and preferences", lambda m: columns(m, "ranked"), 0.1),
+    cases = [
+        Case("collect((.2, .3, .5), 4000, rng, env): shares and rewards of the arms", episodes)
     ]
+    for labels in ("sampled", "ranked"):
+        run = functools.partial(columns, labels=labels)
+        cases.append(Case(f"data_set, {labels}: shares and preferences", run, 0.1))
+    return cases
 
 
 QUESTIONS = {
-    "Q1": Question(
-        "The optimum and the regret",
-        20,
-        "bandit_toy.py",
-        ["optimal_policy", "objective", "regret"],
-        optimum,
-    ),
-    "Q2": Question("What a loss may look at", 25, "bandit_toy.py", ["Pairs"], attributes),
-    "Q3": Question(
-        "The loss of CoPG",
-        15,
-        "bandit_toy.py",
-        ["copg_loss"],
-        lambda seed: loss_cases(["copg_loss"], seed),
-    ),
-    "Q4": Question(
-        "Its rivals",
-        20,
-        "bandit_toy.py",
-        [*METHODS, "dpo_loss"],
-        lambda seed: loss_cases([*METHODS, "dpo_loss"], seed),
-    ),
-    "Q5": Question("Collecting the data", 10, "bandit_toy.py", ["collect", "data_set"], data),
+    "Q1": Question("The optimum", 20, "bandit_toy.py", "optimal_policy objective regret", optimum),
+    "Q2": Question("What a loss may use", 25, "bandit_toy.py", "Pairs", attributes),
+    "Q3": Question("The loss of CoPG", 15, "bandit_toy.py", "copg_loss", losses("copg_loss")),
+    "Q4": Question("Its rivals", 20, "bandit_toy.py", RIVALS, losses(RIVALS)),
+    "Q5": Question("Collecting the data", 10, "bandit_toy.py", "collect data_set", data),
 }
-WRITTEN = {"W1": 5, "W2": 5}

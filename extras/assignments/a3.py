@@ -65,32 +65,19 @@ def update(seed: int) -> list[Case]:
     return [*cases, train_case(f"--steps 2 --seed {seed}", columns, task="AllDead-v0")]
 
 
+ROUNDS = "prompts, rollouts, rollout, rewards, valid"
+BATCH = "run, rollout, rewards, valid, alpha, total_tokens"
 TRAIN = {  # paragraphs of train that the handout makes functions
-    1: "sample_groups(model, tokenizer, task, run, args)"
-    " -> prompts, rollouts, rollout, rewards, valid",
+    1: f"sample_groups(model, tokenizer, task, run, args) -> {ROUNDS}",
     2: "choose_batch(rollout, rewards, valid, args) -> alpha, total_tokens",
-    3: "update(step, model, optimizer, run, rollout, rewards, valid, alpha, total_tokens, args)"
-    " -> loss, grad_norm, lr",
+    3: f"update(step, model, optimizer, {BATCH}, args) -> loss, grad_norm, lr",
 }
 QUESTIONS = {
-    "Q1": Question(
-        "Valid groups and their advantages",
-        15,
-        "gpg.py",
-        ["is_valid", "group_advantages"],
-        advantages,
-    ),
-    "Q2": Question("Alpha", 10, "gpg.py", ["gradient_scale"], alpha),
-    "Q3": Question("The loss", 15, "gpg.py", ["gpg_loss"], loss),
-    "Q4": Question("The groups of the batch", 10, "gpg.py", ["fill_batch"], groups),
-    "Q5": Question(
-        "Training: sampling until enough groups are valid",
-        10,
-        "gpg.py",
-        ["sample_groups"],
-        sampling,
-    ),
-    "Q6": Question("Training: the groups of the update", 10, "gpg.py", ["choose_batch"], batch),
-    "Q7": Question("Training: one gradient step", 15, "gpg.py", ["update"], update),
+    "Q1": Question("Advantages", 15, "gpg.py", "is_valid group_advantages", advantages),
+    "Q2": Question("Alpha", 10, "gpg.py", "gradient_scale", alpha),
+    "Q3": Question("The loss", 15, "gpg.py", "gpg_loss", loss),
+    "Q4": Question("The groups of the batch", 10, "gpg.py", "fill_batch", groups),
+    "Q5": Question("Training: sampling", 10, "gpg.py", "sample_groups", sampling),
+    "Q6": Question("Training: the batch", 10, "gpg.py", "choose_batch", batch),
+    "Q7": Question("Training: the update", 15, "gpg.py", "update", update),
 }
-WRITTEN = {"W1": 5, "W2": 5, "W3": 5}

@@ -92,23 +92,19 @@ def updates(seed: int) -> list[Case]:
     return [*cases, train_case(f"--kl-beta 0 --steps 2 --seed {seed}", columns, "AllDead-v0")]
 
 
+ROUNDS = "prompts, rollouts, rollout, rewards, valid"
+BATCH = "batch, advantages, ref_logprobs"
 TRAIN = {  # paragraphs of train that the handout makes functions
-    1: "sample_groups(model, tokenizer, task, run, args)"
-    " -> prompts, rollouts, rollout, rewards, valid",
-    2: "choose_batch(model, ref_model, rollout, rewards, valid, args)"
-    " -> batch, advantages, ref_logprobs",
-    3: "update(step, model, optimizer, ref_model, batch, advantages, ref_logprobs, flags, args)"
-    " -> updates, lr",
+    1: f"sample_groups(model, tokenizer, task, run, args) -> {ROUNDS}",
+    2: f"choose_batch(model, ref_model, rollout, rewards, valid, args) -> {BATCH}",
+    3: f"update(step, model, optimizer, ref_model, {BATCH}, flags, args) -> updates, lr",
 }
 QUESTIONS = {
-    "Q1": Question("Advantages", 10, "grpo.py", ["group_advantages"], advantages),
-    "Q2": Question("The estimate of the KL", 15, "grpo.py", ["kl_k3"], kl),
-    "Q3": Question("The loss", 20, "grpo.py", ["grpo_loss"], loss),
-    "Q4": Question(
-        "What is clipped, and the minibatches", 10, "grpo.py", ["is_clipped", "minibatches"], clips
-    ),
-    "Q5": Question("Training: sampling", 10, "grpo.py", ["sample_groups"], sampling),
-    "Q6": Question("Training: the batch of the updates", 10, "grpo.py", ["choose_batch"], batch),
-    "Q7": Question("Training: the updates", 10, "grpo.py", ["update"], updates),
+    "Q1": Question("Advantages", 10, "grpo.py", "group_advantages", advantages),
+    "Q2": Question("The estimate of the KL", 15, "grpo.py", "kl_k3", kl),
+    "Q3": Question("The loss", 20, "grpo.py", "grpo_loss", loss),
+    "Q4": Question("Clips and minibatches", 10, "grpo.py", "is_clipped minibatches", clips),
+    "Q5": Question("Training: sampling", 10, "grpo.py", "sample_groups", sampling),
+    "Q6": Question("Training: the batch", 10, "grpo.py", "choose_batch", batch),
+    "Q7": Question("Training: the updates", 10, "grpo.py", "update", updates),
 }
-WRITTEN = {"W1": 5, "W2": 5, "W3": 5}

@@ -1,5 +1,7 @@
 """A5, Contrastive Policy Gradient: the questions of copg.py and of the posts."""
 
+import functools
+
 import torch
 from probe import Case, Question, gradient
 
@@ -46,24 +48,15 @@ def utility(seed: int) -> list[Case]:
         facts = answer.split(" ; ")
         texts = ["", answer, facts[0], " ; ".join([*facts[:2], facts[0]]), "thanks for reading"]
         texts += [f"{facts[1]} ; my boss lost my bike", task.write(index, 1), task.write(index, 2)]
-        for text in texts:
-            cases.append(
-                Case(
-                    f"Posts().reward({text!r}, {answer!r})",
-                    lambda m, a=(text, answer): m.Posts().reward(*a),
-                )
-            )
+        for pair in ((text, answer) for text in texts):
+            run = functools.partial(lambda module, pair: module.Posts().reward(*pair), pair=pair)
+            cases.append(Case("Posts().reward({!r}, {!r})".format(*pair), run))
     return cases
 
 
 QUESTIONS = {
-    "Q1": Question("The loss of CoPG", 25, "copg.py", ["copg_loss"], copg),
-    "Q2": Question(
-        "IPO and DPO", 20, "copg.py", ["ipo_loss", "dpo_loss", "policy_loss"], preferences
-    ),
-    "Q3": Question(
-        "The loss of a reward model", 10, "copg.py", ["bradley_terry_loss"], reward_model
-    ),
-    "Q4": Question("The utility of a summary", 15, "tasks/posts.py", ["Posts.reward"], utility),
+    "Q1": Question("The loss of CoPG", 25, "copg.py", "copg_loss", copg),
+    "Q2": Question("IPO and DPO", 20, "copg.py", "ipo_loss dpo_loss policy_loss", preferences),
+    "Q3": Question("A reward model's loss", 10, "copg.py", "bradley_terry_loss", reward_model),
+    "Q4": Question("The utility", 15, "tasks/posts.py", "Posts.reward", utility),
 }
-WRITTEN = {"W1": 10, "W2": 5, "W3": 5, "W4": 10}

@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 import a3
-from mistakes import MISTAKES
+from mistakes import known_in
 from probe import Case, Question
 
 HUNTED = {  # A3's mistakes from which each bug is chosen; every one of them changes a default run
@@ -17,7 +17,7 @@ HUNTED = {  # A3's mistakes from which each bug is chosen; every one of them cha
 def bugs(seed: int) -> dict[str, tuple[str, str, str]]:
     """{question: (right text, wrong text, hint)}, others every year."""
     rng = random.Random(seed)
-    return {key: MISTAKES["A3"][q][rng.choice(names)] for key, (q, names) in HUNTED.items()}
+    return {key: known_in(f"A3 {q}")[rng.choice(names)] for key, (q, names) in HUNTED.items()}
 
 
 def training(seed: int) -> list[Case]:
@@ -25,8 +25,7 @@ def training(seed: int) -> list[Case]:
 
 
 QUESTIONS = {
-    "Q1": Question("The first bug", 15, "gpg.py", ["gradient_scale"], a3.alpha),
-    "Q2": Question("The second bug", 15, "gpg.py", ["gpg_loss"], a3.loss),
-    "Q3": Question("The third bug", 15, "gpg.py", ["train"], training),
+    "Q1": Question("The first bug", 15, "gpg.py", "gradient_scale", a3.alpha),
+    "Q2": Question("The second bug", 15, "gpg.py", "gpg_loss", a3.loss),
+    "Q3": Question("The third bug", 15, "gpg.py", "train", training),
 }
-WRITTEN = {}

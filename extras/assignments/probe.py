@@ -41,7 +41,7 @@ class Question:
     title: str
     points: int
     file: str
-    names: list[str]  # the functions and classes that the student writes
+    names: str  # the functions and classes that the student writes
     cases: Callable  # seed -> list of cases
 
 
@@ -150,7 +150,7 @@ def prepared(questions: dict[str, Question], key: str, finished: Path, folder: P
     module = load(folder / file, f"{name}_submitted")
     right = load(finished / file, f"{name}_finished")
     for question in questions.values():
-        for name in set(question.names) - set(questions[key].names):
+        for name in set(question.names.split()) - set(questions[key].names.split()):
             if question.file == file and "." not in name:
                 setattr(module, name, vars(right)[name])
     return module

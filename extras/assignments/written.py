@@ -1,13 +1,19 @@
-"""Your written questions: `python written.py A3 YOUR_ID` prints them with your own numbers."""
+"""Your numbers for the written questions: `python written.py A3 YOUR_ID`."""
 
 import random
 import sys
 
 
+def hundredths(rng, low, high, n=1, unit=100):
+    """n numbers between low and high, in steps of 1 / unit."""
+    found = [rng.randint(round(low * unit), round(high * unit)) / unit for _ in range(n)]
+    return found if n > 1 else found[0]
+
+
 def arms(rng):
-    """Probabilities of three arms, none small, in hundredths."""
-    a, b = rng.randint(10, 40), rng.randint(10, 40)
-    return [a / 100, b / 100, (100 - a - b) / 100]
+    """Probabilities of three arms, none small."""
+    a, b = hundredths(rng, 0.1, 0.4, 2)
+    return [a, b, round(1 - a - b, 2)]
 
 
 def group_rewards(rng):
@@ -15,8 +21,14 @@ def group_rewards(rng):
     dead = rng.randint(2, 4)
     rows = [[rng.choice((-1.0, 1.0))] * 4 for _ in range(dead)]
     rows += [rng.choice(([1.0, -1.0, -1.0, 1.0], [-1.0, -1.0, 1.0, -1.0])) for _ in range(6 - dead)]
-    rng.shuffle(rows)
-    return rows
+    return rng.sample(rows, 6)
+
+
+def a_token(rng):
+    """Its ratio and advantage, and the clips."""
+    ratio, advantage = rng.choice([0.55, 0.65, 0.9, 1.1, 1.45, 1.6]), rng.choice([-2, -0.5, 0.5, 2])
+    clip_low, clip_high = rng.choice([0.15, 0.2, 0.25]), rng.choice([0.22, 0.28, 0.3])
+    return dict(ratio=ratio, advantage=advantage, clip_low=clip_low, clip_high=clip_high)
 
 
 def summary(rng):
@@ -27,132 +39,49 @@ def summary(rng):
     return {"answer": " ; ".join(facts), "summary": " ; ".join(stated)}
 
 
-QUESTIONS = {  # assignment: question: (text, the numbers of a student)
-    "A0": {
-        "W1": (
-            "A policy over three arms has these logits, the arms these rewards. What is the "
-            "derivative of J with respect to the first logit?",
-            lambda rng: {
-                "logits": [rng.randint(-10, 10) / 10 for _ in range(3)],
-                "rewards": [rng.randint(-20, 20) / 10 for _ in range(3)],
-            },
-        ),
-        "W2": (
-            "The baseline is the mean of all G rewards. By which factor is the expected estimate "
-            "of the gradient too small?",
-            lambda rng: {"G": rng.randint(3, 12)},
-        ),
+NUMBERS = {
+    "A0 W1": lambda rng: {
+        "logits": hundredths(rng, -1, 1, 3), "rewards": hundredths(rng, -2, 2, 3)
     },
-    "A1": {
-        "W1": (
-            "The data come from mu1 and mu2 below; rewards, reference and beta are those of the "
-            "file. What is the regret of the policy to which gradient descent on the expected "
-            "pg-value loss converges?",
-            lambda rng: {"mu1": arms(rng), "mu2": arms(rng)},
-        ),
-        "W2": (
-            "The same for pg.",
-            lambda rng: {"mu1": arms(rng), "mu2": arms(rng)},
-        ),
+    "A0 W2": lambda rng: {"G": rng.randint(3, 12)},
+    "A1 W1": lambda rng: {"mu1": arms(rng), "mu2": arms(rng)},
+    "A1 W2": lambda rng: {"mu1": arms(rng), "mu2": arms(rng)},
+    "A2 W1": lambda rng: {
+        "logits": hundredths(rng, 0, 1.5, 3), "temperature": rng.choice([0.5, 0.7, 1.3, 1.6])
     },
-    "A2": {
-        "W1": (
-            "A vocabulary of three tokens has these logits. What is the log-probability (natural "
-            "logarithm) of the first token at this temperature?",
-            lambda rng: {
-                "logits": [rng.randint(5, 15) / 10, rng.randint(0, 10) / 10, 0.0],
-                "temperature": rng.choice([0.5, 0.7, 1.3, 1.6]),
-            },
-        ),
-        "W2": (
-            "Rows of these lengths (prompt and completion) go into micro-batches of at most "
-            "`budget` tokens. Into how many does `micro_batches` put them?",
-            lambda rng: {
-                "lengths": [rng.randint(10, 60) for _ in range(12)],
-                "budget": rng.choice([120, 150, 180]),
-            },
-        ),
+    "A2 W2": lambda rng: {
+        "lengths": hundredths(rng, 10, 60, 12, unit=1), "budget": rng.choice([120, 150, 180])
     },
-    "A3": {
-        "W1": (
-            "Each of the G completions of a prompt is right with probability p, independently; the "
-            "reward is 1 or 0. What is the probability that the group is valid?",
-            lambda rng: {"p": rng.randint(5, 45) / 50, "G": rng.randint(4, 10)},
-        ),
-        "W2": (
-            "These are the rewards of six groups. What is alpha (eq. 7)?",
-            lambda rng: {"rewards": group_rewards(rng)},
-        ),
-        "W3": (
-            "A batch has `dead` dead and `valid` valid groups of the same size. All completions of "
-            "dead groups have `dead_length` tokens, others `valid_length`. Divide the loss with "
-            "alpha (eq. 8, over the tokens of the whole batch) by the loss of the valid groups "
-            "alone (eq. 5): what do you get?",
-            lambda rng: {
-                "dead": rng.randint(1, 5), "valid": rng.randint(2, 6),
-                "dead_length": rng.randint(4, 9), "valid_length": rng.randint(10, 20),
-            },
-        ),
+    "A3 W1": lambda rng: {"p": hundredths(rng, 0.1, 0.9), "G": rng.randint(4, 10)},
+    "A3 W2": lambda rng: {"rewards": group_rewards(rng)},
+    "A3 W3": lambda rng: {
+        "dead": rng.randint(1, 5), "valid": rng.randint(2, 6),
+        "dead_length": rng.randint(4, 9), "valid_length": rng.randint(10, 20),
     },
-    "A4": {
-        "W1": (
-            "A token has this ratio and advantage. What is its J in eq. 3, without the KL?",
-            lambda rng: clip_numbers(rng),
-        ),
-        "W2": (
-            "What is the derivative of J with respect to the ratio? (Other numbers than in W1.)",
-            lambda rng: clip_numbers(rng),
-        ),
-        "W3": (
-            "A token has the probability `pi` under the policy and `ref` under the reference. What "
-            "is the estimate D_KL of eq. 4?",
-            lambda rng: {"pi": rng.randint(2, 9) / 20, "ref": rng.randint(10, 19) / 20},
-        ),
+    "A4 W1": a_token,
+    "A4 W2": a_token,
+    "A4 W3": lambda rng: {"pi": hundredths(rng, 0.1, 0.45), "ref": hundredths(rng, 0.5, 0.95)},
+    "A5 W1": lambda rng: {
+        "r1": hundredths(rng, 1, 3), "r2": hundredths(rng, -1, 0.9), "beta": hundredths(rng, 0.1, 1)
     },
-    "A5": {
-        "W1": (
-            "Two completions of a prompt have the rewards r1 and r2. At the minimum of the loss of "
-            "CoPG, what is h(1) - h(2)?",
-            lambda rng: {
-                "r1": rng.randint(10, 30) / 10, "r2": rng.randint(-10, 9) / 10,
-                "beta": rng.choice([0.06, 0.2, 0.3, 0.8]),
-            },
-        ),
-        "W2": (
-            "At the minimum of the loss of IPO, what is h(chosen) - h(rejected)?",
-            lambda rng: {"beta": rng.choice([0.01, 0.02, 0.06, 0.3, 0.4])},
-        ),
-        "W3": ("What is the utility of this summary of a post with these facts?", summary),
-        "W4": (
-            "One prompt has three completions with these h and rewards r. What is CoPG's loss?",
-            lambda rng: {
-                "h": [rng.randint(-10, 10) / 10 for _ in range(3)],
-                "r": [rng.randint(-20, 20) / 10 for _ in range(3)], "beta": 0.3,
-            },
-        ),
+    "A5 W2": lambda rng: {"beta": hundredths(rng, 0.02, 0.4)},
+    "A5 W3": summary,
+    "A5 W4": lambda rng: {
+        "h": hundredths(rng, -1, 1, 3), "r": hundredths(rng, -2, 2, 3), "beta": 0.3
     },
 }  # fmt: skip
-
-
-def clip_numbers(rng):
-    return {
-        "ratio": rng.choice([0.55, 0.65, 0.9, 1.1, 1.45, 1.6]),
-        "advantage": rng.choice([-2.0, -1.5, -0.5, 0.5, 1.5, 2.0]),
-        "clip_low": rng.choice([0.15, 0.2, 0.25]),
-        "clip_high": rng.choice([0.22, 0.28, 0.3]),
-    }
 
 
 def numbers(assignment: str, question: str, student: str) -> dict:
     """The numbers of a student in a question, the same every time and on every machine."""
     rng = random.Random(f"{assignment} {question} {student.strip().lower()}")
-    return QUESTIONS[assignment][question][1](rng)
+    return NUMBERS[f"{assignment} {question}"](rng)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in QUESTIONS:
+    if len(sys.argv) != 3 or sys.argv[1] not in {name.split()[0] for name in NUMBERS}:
         sys.exit("usage: python written.py A3 YOUR_ID")
-    for question, (text, _) in QUESTIONS[sys.argv[1]].items():
-        print(f"{question}  {text}")
-        for name, value in numbers(sys.argv[1], question, sys.argv[2]).items():
-            print(f"      {name} = {value}")
+    for assignment, question in map(str.split, NUMBERS):
+        for name, value in numbers(assignment, question, sys.argv[2]).items():
+            if assignment == sys.argv[1]:
+                print(f"{question}  {name} = {value}")
