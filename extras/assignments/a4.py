@@ -83,13 +83,20 @@ def batch(seed: int) -> list[Case]:
     return [train_case(x, values, until="choose_batch") for x in flags]
 
 
+def strided(N: int, mu: int, n_minibatches: int) -> list:
+    """Minibatches without chance, so that the updates do not depend on how a student shuffles."""
+    return [torch.arange(k, N, n_minibatches) for _ in range(mu) for k in range(n_minibatches)]
+
+
 def updates(seed: int) -> list[Case]:
     several = "--updates-per-batch 2 --minibatches 3"
     flags = [several, f"{several} --micro-batch-tokens 40 --kl-beta 0", f"{several} --variant dapo"]
     flags += [f"{several} --variant dr_grpo --micro-batch-tokens 40"]
     columns = ["loss", "grad_norm", "clip_share", "ratio_min", "ratio_max", "weights"]
-    cases = [train_case(f"{x} --steps 2 --seed {seed}", columns) for x in flags]
-    return [*cases, train_case(f"--kl-beta 0 --steps 2 --seed {seed}", columns, "AllDead-v0")]
+    given = {"minibatches": strided}
+    cases = [train_case(f"{x} --steps 2 --seed {seed}", columns, given=given) for x in flags]
+    dead = f"--kl-beta 0 --steps 2 --seed {seed}"
+    return [*cases, train_case(dead, columns, "AllDead-v0", given=given)]
 
 
 ROUNDS = "prompts, rollouts, rollout, rewards, valid"

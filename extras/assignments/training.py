@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from unittest import mock
 
 import gymnasium
 import torch
@@ -72,9 +73,12 @@ class Returned(Exception):
     """What the function at which a training is stopped has returned."""
 
 
-def train_case(flags: str, values, task: str = "Letters-v0", until: str = "") -> Case:
+def train_case(
+    flags: str, values, task: str = "Letters-v0", until: str = "", given: dict | None = None
+) -> Case:
     """A training with these flags. `values` are columns of its metrics, "weights" being how far
-    they have moved; or, with `until`, a function of what this function of the module returns."""
+    they have moved; or, with `until`, a function of what this function of the module returns.
+    `given` functions take the place of the module's."""
 
     def run(module):
         fixed = f"--model {small_model()} --task {task} --prompts 4 --group-size 4 --lr 1e-3 "
@@ -82,20 +86,19 @@ def train_case(flags: str, values, task: str = "Letters-v0", until: str = "") ->
         fixed += f"--eval-every 99 --device cpu --out {tempfile.mkdtemp()} "
         Run.save = Run.finish = lambda run: None  # slow, and not looked at
         args = module.parse_args((fixed + flags).split())
+        replaced = dict(given or {})
         if until:
             function = getattr(module, until)
 
             def stop(*args):
                 raise Returned(function(*args))
 
-            setattr(module, until, stop)
+            replaced[until] = stop
+        with mock.patch.multiple(module, **replaced):
             try:
-                module.train(args)
+                trained = module.train(args)
             except Returned as returned:
                 return values(*returned.args[0])
-            finally:
-                setattr(module, until, function)
-        trained = module.train(args)
         found = {x: [row.get(x) for row in trained.rows[1:]] for x in values}
         if "weights" in values:
             before = AutoModelForCausalLM.from_pretrained(small_model()).parameters()
