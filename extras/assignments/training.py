@@ -94,7 +94,7 @@ def train_case(
                 raise Returned(function(*args))
 
             replaced[until] = stop
-        with mock.patch.multiple(module, **replaced):
+        with mock.patch.dict(vars(module), replaced):
             try:
                 trained = module.train(args)
             except Returned as returned:
