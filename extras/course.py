@@ -70,7 +70,7 @@ BESIDE = {  # the project's files that a handout has beside the one that the stu
     "A2": ["run.py", "tasks"],
     "A3": ["common.py", "run.py", "tasks"],
     "A4": ["common.py", "run.py", "tasks"],
-    "A5": ["copg.py", "common.py", "run.py", "tasks"],
+    "A5": ["common.py", "run.py", "tasks"],
     "A6": ["gpg.py", "grpo.py", "common.py", "run.py", "tasks"],
     "A7": ["common.py", "run.py", "tasks"],
 }
@@ -181,12 +181,10 @@ def find_files(name: str, folder: Path, scratch: Path) -> None:
     """Copy the submitted files into a folder of their own. Links and huge files are left out."""
     wanted = ["answers.json", "my_tasks.py", "report.md", "test_bugs.py"]
     wanted += [f"runs/{run}/{file}" for run in "ab" for file in ("config.json", "metrics.csv")]
+    # A zip file often wraps everything in one more folder.
     folders = [folder, *(x for x in folder.iterdir() if x.is_dir() and x.name[0] not in "._")]
     for file in [*wanted, *(question.file for question in questions(name).values())]:
-        places = [
-            x / part for x in folders for part in (file, Path(file).name)
-        ]  # zips add a folder
-        for path in places:
+        for path in (x / part for x in folders for part in (file, Path(file).name)):
             if path.is_file() and not path.is_symlink() and path.stat().st_size <= LARGEST:
                 text = path.read_bytes().decode("utf-8-sig", errors="replace")
                 (scratch / file).parent.mkdir(parents=True, exist_ok=True)
@@ -198,10 +196,8 @@ def jobs(name: str, folder: Path, answers: dict | str, students: list[str]) -> d
     """{title: (points, a function that gives the share of the points and feedback)}."""
     found = {}
     for key, question in questions(name).items():
-        found[f"{key} {question.title}"] = (
-            question.points,
-            partial(grade_question, name, key, folder),
-        )
+        job = partial(grade_question, name, key, folder)
+        found[f"{key} {question.title}"] = question.points, job
     for title, (points, words) in CONTRACT.items() if name == "A6" else ():
         found[title] = points, partial(grade_contract, folder, words)
     for key in questions(name) if name == "A7" else ():

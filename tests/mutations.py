@@ -278,6 +278,8 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('words: too many are free', 'tasks/words.py', 'abs(words - n) / n', 'max(0, n - words) / n', 'tasks'),
     ('words: nearly solved is solved', 'tasks/words.py', '"solved": reward == 1', '"solved": reward > 0.8', 'tasks'),
     ('words: test topics in training', 'tasks/words.py', 'if (i % 5 == 0) == is_test]', 'if True]', 'tasks'),
+    ('course: a killed grader leaves its child', 'extras/assignments/probe.py', 'os.closerange(3, 1024)', 'pass', 'course'),
+    ('course: a wrong answer counts', 'extras/course.py', 'share = sum(map(all, parts.values()))', 'share = sum(map(any, parts.values()))', 'course'),
     ('course: everybody has the same numbers', 'extras/assignments/written.py', 'f"{assignment} {question} {student.strip().lower()}"', 'f"{assignment} {question}"', 'course'),
     ('the image processor is not saved', 'run.py', 'if hasattr(self.tokenizer, "image_processor"):', 'if False:', 'pictures'),
     ('CoPG forgets the pictures', 'copg.py', 'pictures=[picture for picture in pictures for _ in range(G)],', '', 'pictures'),

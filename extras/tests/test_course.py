@@ -283,10 +283,26 @@ CONTRACT = textwrap.dedent(
 )
 
 
-def test_an_own_task_is_graded_by_the_contract(tmp_path):
+def test_an_own_task_its_runs_and_the_report_are_graded(tmp_path):
     (tmp_path / "my_tasks.py").write_text(CONTRACT)
-    results = course.grade("A6", tmp_path, ["ann"], tmp_path / "out.json")
-    assert [test["score"] for test in results["tests"]] == [15, 0, 0]
+    for run, lr in (("a", 0.1), ("b", 0.2)):
+        config = {"script": "gpg.py", "task": "my_tasks:Long-v0", "steps": 20, "lr": lr, "seed": lr}
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "config.json").write_text(json.dumps(config))
+        rows = "step,loss,eval_accuracy\n0,,0.1\n" + f"20,{lr},{lr}\n"
+        (tmp_path / "runs" / run / "metrics.csv").write_text(rows)
+    report = "python gpg.py --lr 0.1 and --lr 0.2: .100 and .200. " + "word " * 300
+    (tmp_path / "report.md").write_text(report)
+
+    def scores():
+        results = course.grade("A6", tmp_path, ["ann"], tmp_path / "out.json")
+        return [test["score"] for test in results["tests"]]
+
+    assert scores() == [15, 10, 5]
+    (tmp_path / "report.md").write_text(report.replace("--lr", ""))
+    (tmp_path / "runs" / "b" / "config.json").write_text(json.dumps(config | {"clip_grad": 1}))
+    (tmp_path / "my_tasks.py").write_text(CONTRACT.replace('f"{self.split} {index}"', 'f"{index}"'))
+    assert scores() == [0, 0, 0]
 
 
 def test_three_bugs_are_found_by_tests_and_repaired(tmp_path):
