@@ -27,9 +27,7 @@ from tasks import UserError, get_prompts, get_rewards, held_out, make_task, pict
 from tasks.prompts import encode_prompts, end_of_answer, prompt_text
 from tasks.tiny import tiny_model
 
-# --------------------------------------------------------------------------------------------------
-# Sampling
-# --------------------------------------------------------------------------------------------------
+# ---- Sampling ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -243,9 +241,7 @@ def repeat_cache(cache: DynamicCache, repeats: int, new_tokens: int) -> None:
             layer.batch_repeat_interleave(repeats)
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probabilities
-# --------------------------------------------------------------------------------------------------
+# ---- Log-probabilities ---------------------------------------------------------------------------
 
 LOGITS_AT_ONCE = 2**24  # in one chunk: 64 MiB in fp32
 
@@ -348,9 +344,7 @@ def micro_batches(rollout: Rollout, max_tokens: int, block: int = 1) -> list[Ten
     return [torch.tensor(sorted(batch), device=rollout.group.device) for batch in batches]
 
 
-# --------------------------------------------------------------------------------------------------
-# Models and their metrics
-# --------------------------------------------------------------------------------------------------
+# ---- Models and their metrics --------------------------------------------------------------------
 
 
 def autocast(device: torch.device):

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
@@ -65,9 +66,7 @@ from tasks.posts import PREFERENCES
 from tasks.prompts import check_token_ids, encode_prompts, end_of_answer, pad, prompt_text
 from tasks.tiny import cached_model, fit, tiny_model
 
-# --------------------------------------------------------------------------------------------------
-# Arguments
-# --------------------------------------------------------------------------------------------------
+# ---- Arguments -----------------------------------------------------------------------------------
 
 # The paper trains Llama-2-7B (section 6).
 TINY = dict(lr=1e-4, prompts=64, max_new_tokens=48, micro_batch_tokens=4096)
@@ -133,9 +132,7 @@ def defaults(args: argparse.Namespace) -> dict:
     return flags | {"task": task, "pairs": 6400, "completions": 2, "epochs": 2}
 
 
-# --------------------------------------------------------------------------------------------------
-# The equations
-# --------------------------------------------------------------------------------------------------
+# ---- The equations -------------------------------------------------------------------------------
 
 
 def copg_loss(logratios: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -176,9 +173,7 @@ def policy_loss(loss: str, logratios: Tensor, rewards: Tensor, beta: float) -> T
     return {"ipo": ipo_loss, "dpo": dpo_loss}[loss](h_best, h_worst, beta)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> Run:
@@ -246,14 +241,13 @@ def train(args: argparse.Namespace) -> Run:
             loss += mb_loss.item()
             preferred = rewards[index].gather(1, logratios.argmax(1, keepdim=True))[:, 0]  # [b]
             agreement += (preferred == rewards[index].amax(1)).sum().item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            model.parameters(), args.clip_grad, error_if_nonfinite=True
-        ).item()
+        grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
 
         # 3. Log, evaluate, save.
-        metrics |= {"loss": loss, "grad_norm": grad_norm, "lr": lr, "top1_agreement": agreement / B}
+        metrics |= {"loss": loss, "grad_norm": float(grad_norm), "lr": lr}
+        metrics["top1_agreement"] = agreement / B
         run.log(step, metrics, samples)
         if step % args.eval_every == 0 or step == args.steps:
             run.log(step, *evaluate(model, ref_model, tokenizer, reward_model, test_task, args))
@@ -296,9 +290,7 @@ def encode(model, tokenizer, records: list[Record]) -> Rollout:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Data and evaluation
-# --------------------------------------------------------------------------------------------------
+# ---- Data and evaluation -------------------------------------------------------------------------
 
 
 def collect_records(model, tokenizer, task, args) -> list[Record]:
@@ -399,9 +391,7 @@ def judge(reward_model, task, problems: list[int], prompts: list, texts: list[st
     return reward_model.rewards([p for p in prompts for _ in range(G)], texts).view(-1, G)
 
 
-# --------------------------------------------------------------------------------------------------
-# Reward models (section 6, eq. 26)
-# --------------------------------------------------------------------------------------------------
+# ---- Reward models (section 6, eq. 26) -----------------------------------------------------------
 
 
 class RewardModel:

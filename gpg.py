@@ -25,6 +25,7 @@ import argparse
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from common import (
     Rollout,
@@ -50,9 +51,7 @@ from run import (
 )
 from tasks import UserError, get_prompts, get_rewards, make_task
 
-# --------------------------------------------------------------------------------------------------
-# Arguments
-# --------------------------------------------------------------------------------------------------
+# ---- Arguments -----------------------------------------------------------------------------------
 
 # The paper trains 7B models with AdamW at 1e-6 (appendix B.1); the tiny model needs 100 times more.
 TINY = dict(lr=1e-4, schedule="cosine", steps=120, max_new_tokens=48, micro_batch_tokens=2048)
@@ -99,9 +98,7 @@ def defaults(args: argparse.Namespace) -> dict:
     return (TINY if args.model == "tiny" else REAL) | {"max_rounds": 4}
 
 
-# --------------------------------------------------------------------------------------------------
-# The equations
-# --------------------------------------------------------------------------------------------------
+# ---- The equations -------------------------------------------------------------------------------
 
 
 def is_valid(rewards: Tensor) -> Tensor:
@@ -153,9 +150,7 @@ def fill_batch(valid: Tensor, B: int) -> Tensor:
     return torch.cat([valid, dead[: max(0, B - len(valid))]])
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> Run:
@@ -202,26 +197,22 @@ def train(args: argparse.Namespace) -> Run:
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         if valid.any():
             live = rollout.select(valid.repeat_interleave(G).to(model.device))  # n_valid * G rows
-            advantages = group_advantages(rewards[valid], args.f_norm)  # [n_valid, G]
-            advantages = advantages.flatten().to(model.device)  # [n_valid * G]
+            A = group_advantages(rewards[valid], args.f_norm).flatten()  # [n_valid * G]
+            A = A.to(model.device)
             for rows in micro_batches(live, args.micro_batch_tokens):
                 mb = live.select(rows)  # n rows
                 logprobs = completion_logprobs(model, mb, args.temperature)  # [n, T]
-                mb_loss = gpg_loss(
-                    logprobs, advantages[rows], mb.completion_mask, alpha, total_tokens
-                )
+                mb_loss = gpg_loss(logprobs, A[rows], mb.completion_mask, alpha, total_tokens)
                 mb_loss.backward()
                 loss += mb_loss.item()
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), args.clip_grad, error_if_nonfinite=True
-            ).item()
+            grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad, error_if_nonfinite=True)
             optimizer.step()
             optimizer.zero_grad()
         else:
             run.warn("all groups are dead (equal rewards): nothing to learn; step skipped")
 
         # 4. Log, evaluate, save.
-        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "alpha": alpha}
+        metrics = {"loss": loss, "grad_norm": float(grad_norm), "lr": lr, "alpha": alpha}
         metrics |= {"rounds": len(rollouts)} | rollout_metrics(rollout, rewards)
         run.log(step, metrics, rollout_samples(prompts, rollout, rewards))
         if step % args.eval_every == 0 or step == args.steps:

@@ -27,6 +27,7 @@ import argparse
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from common import (
     Rollout,
@@ -52,9 +53,7 @@ from run import (
 )
 from tasks import UserError, get_prompts, get_rewards, make_task
 
-# --------------------------------------------------------------------------------------------------
-# Arguments
-# --------------------------------------------------------------------------------------------------
+# ---- Arguments -----------------------------------------------------------------------------------
 
 # The paper trains a 7B model with AdamW at 1e-6; the tiny model needs 100 times more.
 TINY = dict(lr=1e-4, schedule="cosine", steps=120, max_new_tokens=48, micro_batch_tokens=2048)
@@ -81,9 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("Group Relative Policy Optimization").add_argument
     add("--variant", choices=VARIANTS, default="grpo", help="preset for the flags below")
-    add(
-        "--prompts", type=positive_int, default=16, help="B per step (default: 16, as in the paper)"
-    )
+    add("--prompts", type=positive_int, default=16, help="B per step (default: 16; paper: 16)")
     add("--group-size", type=number(int, 2), default=8, help="G (default: 8; paper: 64)")
     add("--scale", choices=["std", "none"], help="of the advantages (default: std; dr_grpo: none)")
     add("--clip-low", type=positive_float, default=0.2, help="rho >= 1 - CLIP_LOW (default: 0.2)")
@@ -123,9 +120,7 @@ def defaults(args: argparse.Namespace) -> dict:
     return (TINY if args.model == "tiny" else REAL) | flags
 
 
-# --------------------------------------------------------------------------------------------------
-# The equations
-# --------------------------------------------------------------------------------------------------
+# ---- The equations -------------------------------------------------------------------------------
 
 
 def is_valid(rewards: Tensor) -> Tensor:
@@ -212,9 +207,7 @@ def minibatches(N: int, mu: int, n_minibatches: int) -> list[Tensor]:
     return [rows for _ in range(mu) for rows in torch.randperm(N).tensor_split(n_minibatches)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> Run:
@@ -238,7 +231,6 @@ def train(args: argparse.Namespace) -> Run:
         run.save()
 
     B, G = args.prompts, args.group_size
-    flags = {x: vars(args)[x] for x in ("clip_low", "clip_high", "kl_beta", "aggregate")}
     for step in run.steps(args.steps):
         # 1. Sample with the current policy; with dynamic sampling, until B groups are valid.
         prompts, rollouts, rewards = [], [], torch.zeros(0, G)
@@ -258,64 +250,66 @@ def train(args: argparse.Namespace) -> Run:
         groups = choose_groups(valid, B, args.dynamic_sampling)  # [at most B]
         rows = (groups[:, None] * G + torch.arange(G)).flatten()  # [N]
         batch = rollout.select(rows.to(model.device))  # N rows
-        advantages = group_advantages(rewards[groups], args.scale)  # [groups, G]
-        advantages = advantages.flatten().to(model.device)  # [N]
-        ref_logprobs = torch.zeros_like(batch.logprobs)  # [N, T]; not read if kl_beta = 0
+        A = group_advantages(rewards[groups], args.scale).flatten()  # [N]
+        A = A.to(model.device)
         if ref_model:
             tokens, temperature = args.micro_batch_tokens, args.temperature
             ref_logprobs = frozen_logprobs(ref_model, batch, tokens, temperature)  # [N, T]
 
         # 3. mu passes over the batch, one gradient step for each minibatch.
-        updates = []
+        losses, grad_norms, last_logprobs = [], [], batch.logprobs.clone()  # [N, T]
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         for index in minibatches(len(rows), args.updates_per_batch, args.minibatches):
-            index, mask = index.to(model.device), batch.completion_mask[index]
-            total = batch_total(mask, args.aggregate, args.max_new_tokens)  # dead rows included
+            index = index.to(model.device)  # of the rows in this update
+            mask = batch.completion_mask[index]  # dead rows included
+            total = batch_total(mask, args.aggregate, args.max_new_tokens)
             if args.kl_beta == 0:  # rows without an advantage have no gradient: they skip the model
-                index = index[advantages[index] != 0]
+                index = index[A[index] != 0]
             if len(index) == 0:
                 continue
-            live, A = batch.select(index), advantages[index]  # n rows, [n]
-            mask, old = live.completion_mask, live.logprobs  # [n, T]
-            ref = ref_logprobs[index, : mask.shape[1]]  # [n, T]
-            new, loss = torch.zeros_like(old), 0.0
-            for rows in micro_batches(live, args.micro_batch_tokens):
-                mb = live.select(rows)  # m rows
-                logprobs = completion_logprobs(model, mb, args.temperature)  # [m, T]
-                mb_mask, mb_ref = mb.completion_mask, ref[rows, : logprobs.shape[1]]  # [m, T]
+            loss = 0.0
+            for part in micro_batches(batch.select(index), args.micro_batch_tokens):
+                rows = index[part]
+                mb = batch.select(rows)  # n rows
+                logprobs = completion_logprobs(model, mb, args.temperature)  # [n, T]
+                T = logprobs.shape[1]
                 mb_loss = grpo_loss(
                     logprobs,
                     mb.logprobs,
                     A[rows],
-                    mb_mask,
-                    ref_logprobs=mb_ref,
-                    total=total,
-                    **flags,
+                    mb.completion_mask,
+                    args.clip_low,
+                    args.clip_high,
+                    ref_logprobs[rows, :T] if ref_model else None,
+                    args.kl_beta,
+                    args.aggregate,
+                    total,
                 )
                 mb_loss.backward()
                 loss += mb_loss.item()
-                new[rows, : logprobs.shape[1]] = logprobs.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), args.clip_grad, error_if_nonfinite=True
-            ).item()
+                last_logprobs[rows, :T] = logprobs.detach()
+            grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad, error_if_nonfinite=True)
             optimizer.step()
             optimizer.zero_grad()
-            ratio = (new - old).exp()  # [n, T]
-            clipped = is_clipped(ratio, A, args.clip_low, args.clip_high)  # [n, T]
-            metrics = {"loss": loss, "grad_norm": grad_norm}
-            metrics["clip_share"] = clipped[mask].double().mean().item()
-            metrics["ratio_min"] = ratio[mask].min().item()
-            metrics["ratio_max"] = ratio[mask].max().item()
-            if ref_model:
-                metrics["kl"] = kl_k3(new, ref)[mask].mean().item()
-            updates.append(metrics)
+            losses.append(loss)
+            grad_norms.append(float(grad_norm))
 
         # 4. Log, evaluate, save.
-        metrics = {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
-        if updates:
-            metrics |= {x: sum(u[x] for u in updates) / len(updates) for x in updates[0]}
-        else:
+        if not losses:
             run.warn("all groups are dead (equal rewards): nothing to learn; step skipped")
+        n_updates, mask = max(1, len(losses)), batch.completion_mask  # [N, T]
+        ratio = (last_logprobs - batch.logprobs).exp()  # [N, T], of the last pass
+        clipped = is_clipped(ratio, A, args.clip_low, args.clip_high)  # [N, T]
+        metrics = {
+            "loss": sum(losses) / n_updates,
+            "grad_norm": sum(grad_norms) / n_updates,
+            "lr": lr,
+            "clip_share": clipped[mask].double().mean().item(),
+            "ratio_min": ratio[mask].min().item(),
+            "ratio_max": ratio[mask].max().item(),
+        }
+        if ref_model:
+            metrics["kl"] = kl_k3(last_logprobs, ref_logprobs)[mask].mean().item()
         metrics |= {"rounds": len(rollouts)} | rollout_metrics(rollout, rewards)
         run.log(step, metrics, rollout_samples(prompts, rollout, rewards))
         if step % args.eval_every == 0 or step == args.steps:

@@ -102,7 +102,8 @@ class Stage:
             return clip([theta], max_norm)
 
         monkeypatch.setattr(torch.optim, "AdamW", AdamW)
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_record)
+        for module in (gpg, grpo, copg):
+            monkeypatch.setattr(module, "clip_grad_norm_", clip_and_record)
         for module in (common, gpg, grpo, copg):
             for name in ("make_task", "load_model", "sample", "completion_logprobs", "evaluate"):
                 if hasattr(module, name) and (module, name) != (copg, "evaluate"):
