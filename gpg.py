@@ -49,7 +49,8 @@ from run import (
     positive_float,
     positive_int,
 )
-from tasks import UserError, get_prompts, get_rewards, make_task
+from tasks import UserError, get_prompts, get_rewards, make_tasks
+from tasks.prompts import leave_out_misfits
 
 # ---- Arguments -----------------------------------------------------------------------------------
 
@@ -65,6 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model and task").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
     add("--task", default="add", help="add, gsm8k, ..., file.jsonl, module:Name-v0 (default: add)")
+    add("--eval-task", help="evaluate on its test problems; files are then used whole")
+    add("--system", help="text of a system turn before every prompt")
     add("--no-chat-template", action="store_true", help="feed the raw prompt to the model")
 
     add = parser.add_argument_group("Group Policy Gradient").add_argument
@@ -77,6 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling and optimisation").add_argument
     add("--max-new-tokens", type=positive_int, help="longest completion (default: 512; tiny: 48)")
+    add("--mask-truncated", action="store_true", help="truncated completions leave the loss")
     add("--temperature", type=positive_float, default=1.0, help="of the softmax (default: 1)")
     add("--steps", type=positive_int, help="training steps (default: 500; tiny: 120)")
     add("--lr", type=positive_float, help="peak learning rate (default: 1e-6; tiny: 1e-4)")
@@ -155,14 +159,16 @@ def fill_batch(valid: Tensor, B: int) -> Tensor:
 
 def train(args: argparse.Namespace) -> Run:
     run = Run(args)
-    task, test_task = make_task(args.task), make_task(args.task, "test")
+    task, test_task = make_tasks(args.task, args.eval_task)
     model, tokenizer = load_model(
         run.weights or args.model,
         args.device,
         task,
         chat_template=not args.no_chat_template,
+        system=args.system,
         grad_checkpointing=args.grad_checkpointing,
     )
+    leave_out_misfits(model, tokenizer, args.max_new_tokens, task, test_task)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     torch.manual_seed(args.seed)
     run.begin(model, tokenizer, optimizer)
@@ -189,16 +195,18 @@ def train(args: argparse.Namespace) -> Run:
         # 2. Choose the groups of the update, and compute their alpha and their tokens.
         groups = fill_batch(valid, B)  # [max(B, n_valid)]
         alpha = 1.0 if args.no_alpha else gradient_scale(rewards[groups])
-        group_tokens = rollout.completion_mask.view(len(rewards), -1).sum(1).cpu()  # [rounds * B]
-        total_tokens = group_tokens[groups].sum().item()  # sum_i |o_i|, dead groups included
+        lengths = rollout.completion_mask.sum(1).cpu()  # |o_i|, [rounds * B * G]
+        if args.mask_truncated:  # as in DAPO; their rewards keep their part in the group's mean
+            lengths[rollout.truncated.cpu()] = 0
+        total_tokens = lengths.view(-1, G)[groups].sum().item()  # dead groups included
 
         # 3. One gradient step. Dead groups have no gradient, so they skip the model.
         loss = grad_norm = 0.0
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        if valid.any():
-            live = rollout.select(valid.repeat_interleave(G).to(model.device))  # n_valid * G rows
-            A = group_advantages(rewards[valid], args.f_norm).flatten()  # [n_valid * G]
-            A = A.to(model.device)
+        trains = valid.repeat_interleave(G) & (lengths > 0)  # [rounds * B * G]
+        if trains.any():
+            live = rollout.select(trains.to(model.device))  # n_valid * G rows, less the truncated
+            A = group_advantages(rewards, args.f_norm).flatten()[trains].to(model.device)
             for rows in micro_batches(live, args.micro_batch_tokens):
                 mb = live.select(rows)  # n rows
                 logprobs = completion_logprobs(model, mb, args.temperature)  # [n, T]

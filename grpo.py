@@ -51,7 +51,8 @@ from run import (
     positive_float,
     positive_int,
 )
-from tasks import UserError, get_prompts, get_rewards, make_task
+from tasks import UserError, get_prompts, get_rewards, make_tasks
+from tasks.prompts import leave_out_misfits
 
 # ---- Arguments -----------------------------------------------------------------------------------
 
@@ -76,6 +77,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model and task").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
     add("--task", default="add", help="add, gsm8k, ..., file.jsonl, module:Name-v0 (default: add)")
+    add("--eval-task", help="evaluate on its test problems; files are then used whole")
+    add("--system", help="text of a system turn before every prompt")
     add("--no-chat-template", action="store_true", help="feed the raw prompt to the model")
 
     add = parser.add_argument_group("Group Relative Policy Optimization").add_argument
@@ -94,6 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling and optimisation").add_argument
     add("--max-new-tokens", type=positive_int, help="longest completion (default: 512; tiny: 48)")
+    add("--mask-truncated", action="store_true", help="truncated completions leave the loss")
     add("--temperature", type=positive_float, default=1.0, help="of the softmax (default: 1)")
     add("--steps", type=positive_int, help="training steps (default: 500; tiny: 120)")
     add("--lr", type=positive_float, help="peak learning rate (default: 1e-6; tiny: 1e-4)")
@@ -212,17 +216,19 @@ def minibatches(N: int, mu: int, n_minibatches: int) -> list[Tensor]:
 
 def train(args: argparse.Namespace) -> Run:
     run = Run(args)
-    task, test_task = make_task(args.task), make_task(args.task, "test")
+    task, test_task = make_tasks(args.task, args.eval_task)
     model, tokenizer = load_model(
         run.weights or args.model,
         args.device,
         task,
         chat_template=not args.no_chat_template,
+        system=args.system,
         grad_checkpointing=args.grad_checkpointing,
     )
     ref_model = None
     if args.kl_beta > 0:  # the model before training, in a resumed run too
         ref_model = load_model(args.model, args.device, task)[0].requires_grad_(False)
+    leave_out_misfits(model, tokenizer, args.max_new_tokens, task, test_task)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     torch.manual_seed(args.seed)
     run.begin(model, tokenizer, optimizer)
@@ -248,18 +254,19 @@ def train(args: argparse.Namespace) -> Run:
 
         # 2. Choose the groups of the updates, and compute their advantages and reference log-probs.
         groups = choose_groups(valid, B, args.dynamic_sampling)  # [at most B]
-        rows = (groups[:, None] * G + torch.arange(G)).flatten()  # [N]
-        batch = rollout.select(rows.to(model.device))  # N rows
-        A = group_advantages(rewards[groups], args.scale).flatten()  # [N]
-        A = A.to(model.device)
-        if ref_model:
+        chosen = (groups[:, None] * G + torch.arange(G)).flatten()  # the rows of these groups, [N]
+        if args.mask_truncated:  # as in DAPO; their rewards keep their part in the group's mean
+            chosen = chosen[~rollout.truncated.cpu()[chosen]]
+        batch = rollout.select(chosen.to(model.device))  # N rows
+        A = group_advantages(rewards, args.scale).flatten()[chosen].to(model.device)  # [N]
+        if ref_model and len(chosen) > 0:
             tokens, temperature = args.micro_batch_tokens, args.temperature
             ref_logprobs = frozen_logprobs(ref_model, batch, tokens, temperature)  # [N, T]
 
         # 3. mu passes over the batch, one gradient step for each minibatch.
         losses, grad_norms, last_logprobs = [], [], batch.logprobs.clone()  # [N, T]
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        for index in minibatches(len(rows), args.updates_per_batch, args.minibatches):
+        for index in minibatches(len(chosen), args.updates_per_batch, args.minibatches):
             index = index.to(model.device)  # of the rows in this update
             mask = batch.completion_mask[index]  # dead rows included
             total = batch_total(mask, args.aggregate, args.max_new_tokens)
@@ -295,21 +302,19 @@ def train(args: argparse.Namespace) -> Run:
             grad_norms.append(float(grad_norm))
 
         # 4. Log, evaluate, save.
-        if not losses:
+        metrics = {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
+        if losses:
+            metrics["loss"] = sum(losses) / len(losses)
+            metrics["grad_norm"] = sum(grad_norms) / len(losses)
+            mask, ratio = batch.completion_mask, (last_logprobs - batch.logprobs).exp()  # [N, T]
+            clipped = is_clipped(ratio, A, args.clip_low, args.clip_high)  # [N, T]
+            metrics["clip_share"] = clipped[mask].double().mean().item()
+            metrics["ratio_min"] = ratio[mask].min().item()
+            metrics["ratio_max"] = ratio[mask].max().item()
+            if ref_model:
+                metrics["kl"] = kl_k3(last_logprobs, ref_logprobs)[mask].mean().item()
+        else:
             run.warn("all groups are dead (equal rewards): nothing to learn; step skipped")
-        n_updates, mask = max(1, len(losses)), batch.completion_mask  # [N, T]
-        ratio = (last_logprobs - batch.logprobs).exp()  # [N, T], of the last pass
-        clipped = is_clipped(ratio, A, args.clip_low, args.clip_high)  # [N, T]
-        metrics = {
-            "loss": sum(losses) / n_updates,
-            "grad_norm": sum(grad_norms) / n_updates,
-            "lr": lr,
-            "clip_share": clipped[mask].double().mean().item(),
-            "ratio_min": ratio[mask].min().item(),
-            "ratio_max": ratio[mask].max().item(),
-        }
-        if ref_model:
-            metrics["kl"] = kl_k3(last_logprobs, ref_logprobs)[mask].mean().item()
         metrics |= {"rounds": len(rollouts)} | rollout_metrics(rollout, rewards)
         run.log(step, metrics, rollout_samples(prompts, rollout, rewards))
         if step % args.eval_every == 0 or step == args.steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -141,7 +142,9 @@ class Run:
         """Keep what `save` saves. A resumed run restores optimizer, random states and metrics."""
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.args.eval_every = self.args.eval_every or math.ceil(self.args.steps / 10)
-        self.start = time.perf_counter()
+        self.start, paths = time.perf_counter(), [self.args.task, self.args.eval_task]
+        paths = [Path(x) for x in paths if str(x).endswith(".jsonl")] + [self.dir / "data.jsonl"]
+        self.data = [hashlib.sha256(x.read_bytes()).hexdigest() for x in paths if x.exists()]
         if not self.resumed:
             return
         try:
@@ -151,9 +154,12 @@ class Run:
             torch.set_rng_state(saved["rng"])
             torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
             samples = (self.dir / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+            changed = self.data != saved["data"]
             kept = [line for line in samples if json.loads(line)["step"] <= self.step]
         except Exception as error:  # many ways to be damaged, one line
             raise UserError(f"{self.dir} is damaged ({error!r:.200})") from error
+        if changed:
+            raise UserError(f"{self.dir}: its data have changed since it was begun")
         if self.step >= self.args.steps:
             raise UserError(f"{self.dir}: step {self.step} is done; --steps must be higher")
         write(self.dir / "samples.jsonl", "".join(f"{line}\n" for line in kept))
@@ -231,6 +237,7 @@ class Run:
             "step": self.step,
             "problem": self.problem,
             "rows": self.rows,
+            "data": self.data,
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),

@@ -78,7 +78,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('float32 random numbers for a float64 CDF', 'common.py', 'torch.rand(len(cdf), 1, dtype=cdf.dtype, device', 'torch.rand(len(cdf), 1, device', 'sampling'),
     ('EOS left out of the mask', 'common.py', 'completion_mask[running, t] = True', 'completion_mask[running, t] = ~torch.isin(tokens, stop_ids)', 'sampling'),
     ('EOS kept in the text', 'common.py', '(completion_mask.sum(1) - (~truncated).long()).tolist()', 'completion_mask.sum(1).tolist()', 'sampling'),
-    ('special tokens in the text', 'common.py', 'skip_special_tokens=True', 'skip_special_tokens=False', 'sampling'),
+    ('no special tokens in the text', 'common.py', 'tokenizer.batch_decode(texts)', 'tokenizer.batch_decode(texts, skip_special_tokens=True)', 'sampling'),
     ("only the tokenizer's EOS stops", 'common.py', 'ids = [*ids, tokenizer.eos_token_id, ', 'ids = [tokenizer.eos_token_id, ', 'sampling'),
     ('the end of an answer under a chat template does not stop', 'common.py', ', end_of_answer(tokenizer)]', ']', 'prompts'),
     ('no row is truncated', 'common.py', 'truncated[running] = True', 'pass', 'sampling'),

@@ -183,7 +183,7 @@ SMALL += ["--temperature", 0.7, "--clip-grad", 1e-3, "--weight-decay", 0.03, "--
 SMALL += ["--warmup", 2, "--schedule", "cosine", "--micro-batch-tokens", 90]
 RATES = [0.02, 0.04, 0.0]  # of the three steps
 
-NO_ALPHA = ["--no-alpha", "--no-chat-template", "--grad-checkpointing"]
+NO_ALPHA = ["--no-alpha", "--no-chat-template", "--system", "Be brief.", "--grad-checkpointing"]
 
 # The valid groups in each round of each step; the groups in the batch; alpha.
 STEPS = [
@@ -203,9 +203,10 @@ def test_everything_that_train_hands_on(stage, flags):
     stage.check_calls(3, rounds)
     assert {(call["group_size"], call["temperature"]) for call in stage.samples} == {(4, 0.7)}
     assert {temperature for _, _, temperature, _ in stage.scored} == {0.7}
-    ((name, device, task, template, checkpointing),) = stage.loads  # no reference
+    ((name, device, task, template, system, checkpointing),) = stage.loads  # no reference
     assert (name, device, task.split) == ("m", stage.args.device, "train")
     assert (template, checkpointing) == ((False, True) if flags is NO_ALPHA else (True, False))
+    assert system == ("Be brief." if flags is NO_ALPHA else None)
 
     groups_of, calls = [], iter(stage.samples)
     for n in rounds:

@@ -300,7 +300,14 @@ CASES = {  # flags; the valid groups in each round of each step; the groups in e
         [[0, 1, 2]] * 3,
     ),
     "dead rows count": (
-        ["--variant", "dr_grpo", "--no-chat-template", "--grad-checkpointing"],
+        [
+            "--variant",
+            "dr_grpo",
+            "--no-chat-template",
+            "--system",
+            "Be brief.",
+            "--grad-checkpointing",
+        ],
         [[[0, 1, 0]], [[1, 1, 0]], [[0, 0, 1]]],
         [[0, 1, 2]] * 3,
     ),
@@ -328,7 +335,7 @@ def test_everything_that_train_hands_on(stage, monkeypatch, name):
     assert {(call["group_size"], call["temperature"]) for call in stage.samples} == {(4, 0.7)}
     assert {temperature for _, _, temperature, _ in stage.scored} == {0.7}
     assert stage.loads[0][:2] == ("m", args.device) and stage.loads[0][3:] == (
-        (False, True) if "--grad-checkpointing" in flags else (True, False)
+        (False, "Be brief.", True) if "--grad-checkpointing" in flags else (True, None, False)
     )
     assert [load[:2] for load in stage.loads[1:]] == [("m", args.device)] * (args.kl_beta > 0)
 

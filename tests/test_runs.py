@@ -192,6 +192,7 @@ def assert_same(out, other, why=""):
     for name in ("samples.jsonl", "checkpoint/model.safetensors"):
         assert (out / name).read_bytes() == (other / name).read_bytes(), (name, why)
     states = [torch.load(run / "checkpoint/training_state.pt") for run in (out, other)]
+    assert states[0].pop("data") == states[1].pop("data")
     for saved in states:
         for row in saved["rows"]:
             row.pop("seconds"), row.pop("tokens_per_second", None)  # timings
@@ -717,9 +718,10 @@ def test_help_lists_the_flags(script, start, tmp_path):
     listed = set(re.findall(r"--[a-z][a-z-]+", (tmp_path / "help.log").read_text()))
     ranged = {flag for name, flag, _ in RANGES if name == script}  # so none is forgotten
     others = {"--help", "--model", "--task", "--no-chat-template", "--grad-checkpointing"}
+    others |= {"--eval-task", "--system"}
     others |= {"--out", "--resume", "--device"} | {
-        "gpg.py": {"--no-alpha"},
-        "grpo.py": {"--dynamic-sampling"},
+        "gpg.py": {"--no-alpha", "--mask-truncated"},
+        "grpo.py": {"--dynamic-sampling", "--mask-truncated"},
         "copg.py": {"--reward-model", "--data", "--online"},
     }[script]
     assert listed == ranged | others

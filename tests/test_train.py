@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import metrics
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 import common
 import copg
@@ -30,6 +30,7 @@ class Bigrams(torch.nn.Module):
 
     device = torch.device("cpu")
     config = PretrainedConfig(max_position_embeddings=512)
+    generation_config = GenerationConfig()
 
     def __init__(self, seed):
         super().__init__()
@@ -104,8 +105,9 @@ class Stage:
         monkeypatch.setattr(torch.optim, "AdamW", AdamW)
         for module in (gpg, grpo, copg):
             monkeypatch.setattr(module, "clip_grad_norm_", clip_and_record)
+        names = ("make_task", "make_tasks", "load_model", "sample", "completion_logprobs")
         for module in (common, gpg, grpo, copg):
-            for name in ("make_task", "load_model", "sample", "completion_logprobs", "evaluate"):
+            for name in (*names, "evaluate"):
                 if hasattr(module, name) and (module, name) != (copg, "evaluate"):
                     monkeypatch.setattr(module, name, getattr(self, name))
         monkeypatch.setattr(run_module, "draw_curves", lambda *_: None)  # slow
@@ -113,6 +115,9 @@ class Stage:
     def make_task(self, name, split="train"):
         self.tasks.append((name, split))
         return Numbered(split)
+
+    def make_tasks(self, name, eval_name):
+        return self.make_task(name), self.make_task(eval_name or name, "test")
 
     def load_model(self, *args, **kwargs):
         self.loads.append((*args, *kwargs.values()))
