@@ -30,7 +30,10 @@ except ImportError:  # Windows: no lock
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints as one-line errors."""
+    """argparse, with its complaints as one-line errors and without abbreviated flags."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message}; --help shows all flags")

@@ -42,6 +42,16 @@ class AnyText(gymnasium.spaces.Text):
         return isinstance(x, str)
 
 
+class AnyMessages(gymnasium.spaces.Sequence):
+    """Chat messages: a list of {"role": text, "content": text}."""
+
+    def __init__(self):
+        super().__init__(gymnasium.spaces.Dict(role=AnyText(), content=AnyText()))
+
+    def contains(self, x) -> bool:
+        return isinstance(x, list) and super().contains(tuple(x))
+
+
 class AnyImage(gymnasium.spaces.Box):
     """Images of any size: uint8 [H, W, 3]. sample() gives a small one."""
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gymnasium import spaces
+from gymnasium.spaces import Dict
 
-from .base import PROBLEMS_PER_SEED, AnyImage, AnyText, TextTask, UserError, cache_dir
+from .base import PROBLEMS_PER_SEED, AnyImage, AnyMessages, AnyText, TextTask, UserError, cache_dir
 from .pictures import DATA_URI, read_image
 from .verifier import extract_answer, is_correct
 
@@ -45,10 +45,9 @@ class JSONLines(TextTask):
         self.size = len(self.records)
         first = self.records[0].prompt
         if isinstance(first, dict):
-            self.observation_space = spaces.Dict(image=AnyImage(), text=AnyText())
+            self.observation_space = Dict(image=AnyImage(), text=AnyText())
         elif isinstance(first, list):
-            turn = spaces.Dict(role=AnyText(), content=AnyText())
-            self.observation_space = spaces.Sequence(turn)
+            self.observation_space = AnyMessages()
 
     def choose(self, records: list[Problem]) -> list[Problem]:
         is_test, mask = self.split == "test", held_out_mask([r.prompt for r in records])

@@ -93,10 +93,11 @@ def without_misfits(records: list, encode: Callable[[list], object]) -> list:
         lines = ", ".join(where.rpartition(" ")[2] for where, _ in misfits[:10])
         lines += ", ..." if len(misfits) > 10 else ""
         where, reason = misfits[0]
-        message = f"{len(misfits)} of {len(records)} records left out: lines {lines}. {where}: "
         if not kept:
             raise UserError(f"no record is left: {where}: {reason}")
-        print(message + reason)
+        print(
+            f"{len(misfits)} of {len(records)} records left out: lines {lines}; {where}: {reason}"
+        )
     return kept
 
 

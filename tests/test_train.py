@@ -59,6 +59,7 @@ class Row(NamedTuple):
     tokens: list[int]
     old: torch.Tensor  # log-probs of the sampler
     reward: float
+    cut: bool = False  # at max_new_tokens
 
     def logprobs(self, theta, temperature=1.0):
         before = [self.before, *self.tokens[:-1]]
@@ -156,7 +157,7 @@ class Stage:
             n, reward = int(lengths[i]), float(text.split()[0])
             reward += int(prompts[i // group_size].split()[-1]) % 5
             row = text, int(rollout.prompt_ids[i, -1]), ids[i, :n].tolist(), rollout.logprobs[i, :n]
-            groups[i // group_size].append(Row(*row, reward))
+            groups[i // group_size].append(Row(*row, reward, rollout.truncated[i].item()))
         call["truncated"] = rollout.truncated.tolist()
         self.samples.append(call)
         return rollout
