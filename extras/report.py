@@ -1,13 +1,10 @@
-"""What policy gradients did to the text: runs as one page, to open in a browser.
+"""What policy gradients did to the text: `python extras/report.py --rescore runs/gpg runs/grpo`.
 
-    python extras/report.py runs/gpg runs/grpo      curves, tables, groups of completions
-    python extras/report.py --rescore runs/gpg      and which tokens became likelier
-
-The page is a single file that needs no network. --rescore scores the stored completions with the
-model before training (the run's --model) and with its checkpoint.
+One page for the browser, without a network: the curves of all runs and, step by step, the groups of
+completions as the algorithm saw them. --rescore scores these with the model before training (the
+run's --model) and with the run's checkpoint, and shows which tokens became likelier.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -29,8 +26,6 @@ from tasks import UserError, first_problem, get_prompts, make_task
 from tasks.pictures import data_uri, is_vision
 from tasks.prompts import check_token_ids, encode_prompts, end_of_answer, pad
 
-TEMPLATE = Path(__file__).with_suffix(".html")
-
 
 def read_run(path: Path, most_steps: int) -> dict:
     """Name, config, metrics and groups of completions of a run. Raises UserError."""
@@ -39,7 +34,7 @@ def read_run(path: Path, most_steps: int) -> dict:
     where, samples, metrics = path / "config.json", [], read_metrics(path)
     try:
         config = json.loads(where.read_text(encoding="utf-8"))
-        assert config["script"] in ("gpg.py", "grpo.py", "copg.py"), config["script"]
+        config["script"], config["model"], config["no_chat_template"]  # there, or a KeyError
         where = path / "samples.jsonl"
         for n, line in enumerate(where.read_text(encoding="utf-8").split("\n")[:-1], 1):
             where = f"{path / 'samples.jsonl'}, line {n}"
@@ -58,31 +53,30 @@ def read_run(path: Path, most_steps: int) -> dict:
 
 
 def read_sample(line: str) -> dict:
-    """A line of samples.jsonl, every field of its type. Raises an exception of any kind."""
-    sample = json.loads(line)
+    """A line of samples.jsonl. Raises any exception if a field does not have its type."""
+    text = json.dumps(json.loads(line), ensure_ascii=False)
+    sample = json.loads(text.encode(errors="replace"))  # no tokenizer takes a lone surrogate
     tokens, logprobs = sample.get("tokens", []), sample.get("logprobs", [])
-    numbers = [sample.get(name, 0) for name in ("reward", "utility", "kl", "length")]
     whole = [sample["step"], sample.get("group", 0), *tokens]
-    assert isinstance(sample["prompt"], str) and isinstance(sample["completion"], str)
-    assert all(type(x) is int and 0 <= x < 2**31 for x in whole) and len(tokens) == len(logprobs)
-    assert all(math.isfinite(x) for x in [*numbers, *logprobs])
+    numbers = [sample.get(name, 0) for name in ("reward", "utility", "kl", "length")]
+    right = isinstance(sample["prompt"], str) and isinstance(sample["completion"], str)
+    right &= all(type(x) is int and 0 <= x < 2**31 for x in whole)
+    right &= all(map(math.isfinite, [*numbers, *logprobs])) and len(tokens) == len(logprobs)
+    if not right:
+        raise ValueError("a field of another type")
     return sample
 
 
-def make_group(config: dict, samples: list[dict]) -> dict:
+def make_group(config: dict, rows: list[dict]) -> dict:
     """The completions of a prompt, with the advantages that the algorithm gave them: of CoPG, where
-    it samples online, the reward minus its mean (the gradient has -beta h besides)."""
-    group = {name: samples[0].get(name) for name in ("step", "prompt", "group")}
-    rows = group["rows"] = [
-        {x: s[x] for x in s if x not in ("step", "prompt", "group")} for s in samples
-    ]
+    it samples online, the reward minus its mean (its gradient has -beta h besides)."""
+    group = {name: rows[0].get(name) for name in ("step", "prompt", "group")} | {"rows": rows}
     if group["group"] is not None:  # it was trained on
         rewards = torch.tensor([[row["reward"] for row in rows]], dtype=torch.double)  # [1, G]
-        valid = group["valid"] = gpg.is_valid(rewards).item()
+        group["valid"] = gpg.is_valid(rewards).item()
+        advantages = gpg.group_advantages(rewards, config.get("f_norm", "1")) * group["valid"]
         if config["script"] == "grpo.py":
             advantages = grpo.group_advantages(rewards, config["scale"])
-        else:
-            advantages = gpg.group_advantages(rewards, config.get("f_norm", "1")) * valid
         for row, advantage in zip(rows, advantages[0].tolist(), strict=True):
             row["advantage"] = advantage
     return group
@@ -104,7 +98,7 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
 def load_prompts(run: dict) -> list:
     """The prompt of each group as the model saw it. Only its text is in samples.jsonl; a picture
     comes from the task: a group's problem follows from the rounds of the steps before."""
-    prompts, config = [clean(group["prompt"]) for group in run["groups"]], run["config"]
+    prompts, config = [group["prompt"] for group in run["groups"]], run["config"]
     model_config = AutoConfig.from_pretrained(f"{run['name']}/checkpoint")
     if not config.get("task") or not is_vision(model_config):
         return prompts
@@ -120,14 +114,10 @@ def load_prompts(run: dict) -> list:
     return prompts
 
 
-def clean(text: str) -> str:
-    """Without lone surrogates, which no tokenizer takes."""
-    return text.encode(errors="replace").decode()
-
-
-def rescore(run: dict, prompts: list, device: str) -> None:
+def rescore(run: dict, prompts: list) -> None:
     """Add the log-probs of the tokens `before` and `after` training. Raises UserError."""
     config, temperature = run["config"], run["config"].get("temperature", 1.0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     task = make_task(config["task"]) if config.get("task") else None
     template = not config["no_chat_template"]
     for when, name in (("before", config["model"]), ("after", f"{run['name']}/checkpoint")):
@@ -136,80 +126,56 @@ def rescore(run: dict, prompts: list, device: str) -> None:
             rows = group["rows"]
             for row in rows:  # copg.py's evaluations keep no tokens
                 if "tokens" not in row:
-                    ids = tokenizer(clean(row["completion"]), add_special_tokens=False).input_ids
+                    ids = tokenizer(row["completion"], add_special_tokens=False).input_ids
                     row["tokens"] = ids or [end_of_answer(tokenizer)]
             tokens, texts = [row["tokens"] for row in rows], [row["completion"] for row in rows]
             check_token_ids(model, tokens, texts, 0)
             ids, mask = pad(tokens, "right", model.device)  # [G, T]
-            prompt_ids, prompt_mask, pictures = encode_prompts(model, tokenizer, [prompt], 0)
-            rollout = Rollout(
-                prompt_ids=prompt_ids.expand(len(rows), -1),
-                prompt_mask=prompt_mask.expand(len(rows), -1),
-                completion_ids=ids,
-                completion_mask=mask,
-                logprobs=torch.zeros(mask.shape, device=model.device),
-                truncated=~mask[:, 0],
-                texts=texts,
-                pictures=pictures * len(rows),
-            )
+            *prompt_ids, images = encode_prompts(model, tokenizer, [prompt] * len(rows), 0)
+            nothing = torch.zeros(ids.shape, device=ids.device), ~mask[:, 0]  # log-probs, truncated
+            rollout = Rollout(*prompt_ids, ids, mask, *nothing, texts, pictures=images)
             scored = frozen_logprobs(model, rollout, 8192, temperature).tolist()
             for row, logprobs in zip(rows, scored, strict=True):
                 row[when] = [round(x, 3) for x in logprobs[: len(row["tokens"])]]
 
 
-def flag_table(runs: list[dict]) -> list[list[str]]:
-    """The flags in which the runs differ; of a single run all of them."""
-    configs = [run["config"] for run in runs]
-    names = dict.fromkeys(name for c in configs for name in c if name not in ("out", "resume"))
-    rows = [[name, *(str(c.get(name, "-")) for c in configs)] for name in names]
-    return [row for row in rows if len(runs) == 1 or len(set(row[1:])) > 1]
-
-
-def closing_table(run: dict) -> list[list[str]]:
-    """Run, a metric before, the same after: as in the summary of the script."""
-    columns = run["metrics"].items()
-    evaluated = [
-        i for x, v in columns if x.startswith("eval_") for i in np.isfinite(v).nonzero()[0]
-    ]
-    ends = (min(evaluated), max(evaluated)) if evaluated else ()
+def tables(run: dict) -> dict[str, list[list[str]]]:
+    """Rows of run, a metric before, the same after, as in the summary of the script; and of run,
+    advantage, completions, mean change of their ln pi from before to after training."""
+    columns, name = run["metrics"].items(), run["name"]
+    known = [i for x, v in columns if x.startswith("eval_") for i in np.isfinite(v).nonzero()[0]]
+    ends = (min(known), max(known)) if known else ()
     ends = [describe({x: v[i] for x, v in columns if np.isfinite(v[i])}).split("   ") for i in ends]
-    return [[run["name"], *pair] for pair in zip(*ends, strict=True)]
-
-
-def change_table(run: dict) -> list[list[str]]:
-    """Run, advantage, completions, mean change of their ln pi from before to after training."""
-    rows, table = [row for group in run["groups"] for row in group["rows"]], []
-    for sign, name in ((1, "above 0"), (0, "0 (dead)"), (-1, "below 0")):
+    change, rows = [], [row for group in run["groups"] for row in group["rows"] if "after" in row]
+    for sign, advantage in ((1, "above 0"), (0, "0 (dead)"), (-1, "below 0")):
         chosen = [row for row in rows if np.sign(row.get("advantage", math.nan)) == sign]
-        change = [sum(row["after"]) - sum(row["before"]) for row in chosen if "after" in row]
-        if change:
-            table.append([run["name"], name, str(len(change)), mean_and_error(change, "+")])
-    return table
+        changes = [sum(row["after"]) - sum(row["before"]) for row in chosen]
+        if changes:
+            change.append([name, advantage, str(len(changes)), mean_and_error(changes, "+")])
+    return {"closing": [[name, *pair] for pair in zip(*ends, strict=True)], "change": change}
 
 
 def page(runs: list[dict]) -> str:
     """The page. All of its data is one JSON text in ASCII without "<": nothing in it is markup."""
-    data = {"flags": flag_table(runs), "runs": []}
-    data["closing"] = [row for run in runs for row in closing_table(run)]
-    data["change"] = [row for run in runs for row in change_table(run)]
+    configs, data = [run["config"] for run in runs], []
+    names = dict.fromkeys(name for c in configs for name in c if name not in ("out", "resume"))
+    flags = [[name, *(str(c.get(name, "-")) for c in configs)] for name in names]
+    flags = [row for row in flags if len(runs) == 1 or len(set(row[1:])) > 1]
     for run in runs:
-        values = {x: column.astype(float).tolist() for x, column in run["metrics"].items()}
-        values = {x: [v if math.isfinite(v) else None for v in values[x]] for x in values}
-        data["runs"].append({"name": run["name"], "metrics": values, "groups": run["groups"]})
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("DATA", text)
+        known = {x: np.where(np.isfinite(v), v, None).tolist() for x, v in run["metrics"].items()}
+        data.append({"name": run["name"], "metrics": known, "groups": run["groups"]} | tables(run))
+    text = json.dumps({"runs": data, "flags": flags}, allow_nan=False, separators=(",", ":"))
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return template.replace("DATA", text.replace("<", "\\u003c"))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("report.py", description=__doc__)
-    parser.formatter_class = argparse.RawTextHelpFormatter
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="directories of runs")
     add("--out", type=Path, default=Path("report.html"), help="default: report.html")
     add("--rescore", action="store_true", help="score with the models before and after training")
     add("--steps", type=number(int, 2), default=40, help="steps shown of each run (default: 40)")
-    add("--device", default=device, help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args(argv)
     runs = [read_run(path, args.steps) for path in args.runs]
     for run in runs:
@@ -217,13 +183,11 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = AutoTokenizer.from_pretrained(f"{run['name']}/checkpoint")
             prompts = load_prompts(run)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{run['name']}/checkpoint cannot be read: {reason:.200}") from error
+            raise UserError(f"{run['name']}/checkpoint: not readable ({error!r:.200})") from error
         if args.rescore:
-            rescore(run, prompts, args.device)
-        for row in (row for group in run["groups"] for row in group["rows"]):
-            if "tokens" in row:
-                row["tokens"] = token_texts(tokenizer, row["tokens"])
+            rescore(run, prompts)
+        for row in (row for group in run["groups"] for row in group["rows"] if "tokens" in row):
+            row["tokens"] = token_texts(tokenizer, row["tokens"])
     args.out.write_text(page(runs), encoding="utf-8")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 
