@@ -87,7 +87,7 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
     texts, start, done = [], 0, 0
     for i in range(len(ids)):  # with the tokens before it, or a leading space would be lost
         before, text = tokenizer.decode(ids[start:done]), tokenizer.decode(ids[start : i + 1])
-        if text.endswith("\ufffd") and i < len(ids) - 1 and i - done < 3:
+        if text.endswith("\ufffd") and i < len(ids) - 1:
             texts.append("")  # part of a character
         else:
             texts.append(text[len(before) :])

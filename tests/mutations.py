@@ -326,7 +326,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('copg.py: samples of online steps lost', 'copg.py', 'run.log(step, metrics, samples)', 'run.log(step, metrics)', 'copg'),
     ('samples with their padding', 'common.py', 'rollout.completion_ids[i, mask]', 'rollout.completion_ids[i]', 'models'),
     ('samples all under the first prompt', 'common.py', 'prompt_text(prompts[i // G])', 'prompt_text(prompts[0])', 'models'),
-    ('report.py: dead groups have an advantage', 'extras/report.py', 'row["advantage"] = advantage', 'row["advantage"] = advantage + 1e-3', 'report'),
+    ('report.py: dead groups have an advantage', 'extras/report.py', ' * group["valid"]', '', 'report'),
     ("report.py: GRPO's advantages without their std", 'extras/report.py', 'if config["script"] == "grpo.py":', 'if False:', 'report'),
     ('report.py: evaluations are trained on', 'extras/report.py', 'if group["group"] is not None:  # it was trained on', 'if True:', 'report'),
     ('report.py: before and after in turn', 'extras/report.py', '(("before", config["model"]), ("after",', '(("after", config["model"]), ("before",', 'report'),

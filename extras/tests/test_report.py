@@ -110,6 +110,13 @@ def test_page(runs, tmp_path):
     assert not {"lr", "out", "steps"} & flags.keys()
 
 
+def test_a_dead_group():
+    """Its advantages are 0, although three .1s have another mean in floating point."""
+    rows = [{"step": 1, "group": 0, "prompt": "p", "reward": 0.1} for _ in range(3)]
+    group = report.make_group({"script": "gpg.py", "f_norm": "1"}, rows)
+    assert [row["advantage"] for row in group["rows"]] == [0.0] * 3 and not group["valid"]
+
+
 def test_what_became_likelier(runs, tmp_path):
     """Before training is what the first step has sampled with; after training is the checkpoint."""
     run = runs[0]
