@@ -2,7 +2,8 @@
 
 A test that stays green on a wrong version proves nothing. Every line below is one small mistake,
 most of them found in published code; the tests named with it have to fail. All of them take half an
-hour on two cores; `python tests/mutations.py grpo.py` makes those whose entry has this word.
+hour on two cores; `python tests/mutations.py grpo.py` makes those whose entry has this word, and
+`--list` prints them instead.
 """
 
 import os
@@ -367,6 +368,18 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('a failed first evaluation leaves a run behind', 'run.py', '        if not self.resumed:\n            return\n', '        self.write_config()\n        if not self.resumed:\n            return\n', 'runs'),
     ('rows of metrics lost on resume', 'run.py', 'self.rows = saved["step"], saved["problem"], saved["rows"]', 'self.rows = saved["step"], saved["problem"], []', 'runs'),
     ('copg.py: samples of online steps lost', 'copg.py', 'run.log(step, metrics, samples)', 'run.log(step, metrics)', 'copg'),
+    ('samples with their padding', 'common.py', 'rollout.completion_ids[i, mask]', 'rollout.completion_ids[i]', 'models'),
+    ('samples all under the first prompt', 'common.py', 'prompt_text(prompts[i // G])', 'prompt_text(prompts[0])', 'models'),
+    ('report.py: dead groups have an advantage', 'extras/report.py', ' * group["valid"]', '', 'report'),
+    ("report.py: GRPO's advantages without their std", 'extras/report.py', 'if config["script"] == "grpo.py":', 'if False:', 'report'),
+    ('report.py: evaluations are trained on', 'extras/report.py', 'if group["group"] is not None:  # it was trained on', 'if True:', 'report'),
+    ('report.py: before and after in turn', 'extras/report.py', '(("before", config["model"]), ("after",', '(("after", config["model"]), ("before",', 'report'),
+    ('report.py: texts are markup', 'extras/report.py', '.replace("<", "\\\\u003c")', '', 'report'),
+    ('report.py: half a character', 'extras/report.py', 'if text.endswith("\\ufffd") and', 'if False and', 'report'),
+    ('report.py: spaces of tokens lost', 'extras/report.py', 'start, done = done, i + 1', 'start = done = i + 1', 'report'),
+    ('report.py: pictures of other groups', 'extras/report.py', 'rounds[step < group["step"]]', 'rounds[step <= group["step"]]', 'report'),
+    ('report.py: changes of the wrong sign', 'extras/report.py', 'sum(row["after"]) - sum(row["before"])', 'sum(row["before"]) - sum(row["after"])', 'report'),
+    ('report.py: the last steps are left out', 'extras/report.py', 'np.linspace(0, len(steps) - 1, most_steps)', 'range(min(len(steps), most_steps))', 'report'),
 ]  # fmt: skip
 
 
@@ -393,7 +406,12 @@ def noticed(name: str, file: str, right: str, wrong: str, tests: str) -> bool:
 
 
 def main() -> int:
-    chosen = [m for m in MUTATIONS if all(word in f"{m}" for word in sys.argv[1:])]
+    words = [word for word in sys.argv[1:] if word != "--list"]
+    chosen = [m for m in MUTATIONS if all(word in f"{m}" for word in words)]
+    if "--list" in sys.argv:
+        for name, file, right, wrong, _ in chosen:
+            print(f"{name}: {file}\n  - {right.strip()!r}\n  + {wrong.strip()!r}")
+        return 0
     tests = " ".join(sorted({name for *_, tests in chosen for name in tests.split()}))
     assert not notices(ROOT, tests), f"the right version fails: {tests}"
     with ThreadPoolExecutor(JOBS) as pool:

@@ -237,10 +237,17 @@ class Stage:
             for name, value in expected.items():
                 assert row[name] == pytest.approx(value, rel=1e-4), name
             assert row["tokens_per_second"] * row["seconds"] == pytest.approx(tokens, rel=1e-3)
-            shown = [s for s in samples if s["step"] == step and "reward" in s]
-            assert [s["completion"] for s in shown] == [row.text for row in groups[0]]
-            assert {s["prompt"] for s in shown} == {batches[0]["prompts"][0]}
-            assert [s["reward"] for s in shown] == pytest.approx(rewards[0], abs=1e-5)
+            shown = [s for s in samples if s["step"] == step and "group" in s]
+            kept, G = [row for group in groups[:3] for row in group], len(groups[0])
+            prompts = [prompt for call in batches for prompt in call["prompts"]]
+            assert [s["completion"] for s in shown] == [row.text for row in kept]
+            assert [s["group"] for s in shown] == [i // G for i in range(len(kept))]
+            assert [s["prompt"] for s in shown] == [prompts[s["group"]] for s in shown]
+            assert [s["reward"] for s in shown] == pytest.approx([r.reward for r in kept], abs=1e-5)
+            assert [s["tokens"] for s in shown] == [row.tokens for row in kept]
+            for s, row in zip(shown, kept, strict=True):
+                assert s["logprobs"] == pytest.approx(row.old.tolist(), abs=1e-3)
+            assert [s["truncated"] for s in shown] == cut[: len(kept)]
         assert sum(row["tokens"] for row in run.rows[1:]) == total and next(calls, None) is None
 
     def check_evaluations(self, rows, columns):
