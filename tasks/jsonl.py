@@ -15,7 +15,7 @@ import torch
 
 from .base import PROBLEMS_PER_SEED, AnyImage, AnyText, TextTask, UserError, cache_dir
 from .pictures import DATA_URI, read_image
-from .verifier import extract_answer, is_correct
+from .verifier import gold_answer, is_correct
 
 
 class JSONLines(TextTask):
@@ -49,7 +49,7 @@ class JSONLines(TextTask):
 
     def problem(self, index):
         question, answer = self.record(index)
-        answer = extract_answer(answer) if "####" in answer else answer
+        answer = gold_answer(answer)
         if isinstance(question, dict):
             image = read_image(question["image"], question["where"])
             return {"image": image, "text": question["text"] + self.instruction}, answer
