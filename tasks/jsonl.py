@@ -8,6 +8,7 @@ import math
 import random
 import re
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 
 import gymnasium
@@ -72,20 +73,26 @@ class GSM8K(JSONLines):
     instruction = "\nReason step by step, then write the final answer as \\boxed{answer}."
 
     def __init__(self, split: str = "train"):
-        path = cache_dir() / "gsm8k" / f"{split}.jsonl"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(f"{self.url}/{split}.jsonl", str(path))
-            except OSError as error:
-                raise UserError(
-                    f"GSM8K could not be downloaded ({error}): put its train.jsonl and test.jsonl "
-                    f"into {path.parent}"
-                ) from error
+        path = download("gsm8k", f"{split}.jsonl", f"{self.url}/{split}.jsonl")
         super().__init__(path, split)
 
     def choose(self, records):
         return records  # the authors' own split
+
+
+def download(folder: str, name: str, url: str, sha256: str | None = None) -> Path:
+    """The file `name` of a folder of the cache, downloaded if it is not there. Raises UserError."""
+    path = cache_dir() / folder / name
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # It writes beside the path, compares the checksum, then renames.
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the checksum
+            raise UserError(
+                f"{url} could not be downloaded ({error}): put it into {path.parent} as {name}"
+            ) from error
+    return path
 
 
 @functools.lru_cache(maxsize=8)

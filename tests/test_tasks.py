@@ -435,14 +435,14 @@ def test_gsm8k_is_downloaded_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fetched = []
 
-    def download(url, path):
+    def download(url, path, hash_prefix):
         fetched.append(url.rpartition("/")[2])
         if len(fetched) == 1:
             raise OSError("no route")
         write(Path(path), [{"question": "1+1?", "answer": "#### 2"}])
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(UserError, match=r"\(no route\): put its train.jsonl and test.jsonl into "):
+    with pytest.raises(UserError, match=r"\(no route\): put it into .*gsm8k as test.jsonl$"):
         make_task("gsm8k", "test")
     for _ in range(2):
         assert make_task("gsm8k", "test").unwrapped.problem(0)[1] == "2"
