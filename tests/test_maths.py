@@ -92,7 +92,8 @@ def test_a_tolerance():
     "record",
     [
         {}, {"problem": "P"}, {"answer": 1}, {"problem": "P", "answer": ""},
-        {"problem": 1, "answer": 1}, {"problem": "P", "solution": "no box"}, {"problem": "P", "answer": {}},
+        {"problem": 1, "answer": 1}, {"problem": "P", "answer": {}},
+        {"problem": "P", "solution": "no box"},
     ],
 )  # fmt: skip
 def test_a_record_without_a_problem_or_an_answer_is_named(record):
