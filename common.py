@@ -457,12 +457,16 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor) -> dict[str, float]:
 
 def rollout_samples(prompts: list, rollout: Rollout, rewards: Tensor) -> list[dict]:
     """The first three groups of a rollout with rewards [groups, G], for samples.jsonl."""
-    samples, G = [], rewards.shape[1]
-    for i, reward in enumerate(rewards[:3].flatten().tolist()):
-        mask, sample = rollout.completion_mask[i], {"group": i // G}
-        sample |= {"prompt": prompt_text(prompts[i // G]), "completion": rollout.texts[i]}
-        sample |= {"reward": reward, "truncated": rollout.truncated[i].item()}
-        sample |= {"tokens": rollout.completion_ids[i, mask].tolist()}
-        sample |= {"logprobs": [round(x, 3) for x in rollout.logprobs[i, mask].tolist()]}
-        samples.append(sample)
-    return samples
+    G, mask = rewards.shape[1], rollout.completion_mask
+    return [
+        {
+            "group": i // G,
+            "prompt": prompt_text(prompts[i // G]),
+            "completion": rollout.texts[i],
+            "reward": reward,
+            "truncated": rollout.truncated[i].item(),
+            "tokens": rollout.completion_ids[i, mask[i]].tolist(),
+            "logprobs": rollout.logprobs[i, mask[i]].double().round(decimals=3).tolist(),
+        }
+        for i, reward in enumerate(rewards[:3].flatten().tolist())
+    ]

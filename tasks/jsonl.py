@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from gymnasium.spaces import Dict
 
 from .base import PROBLEMS_PER_SEED, AnyImage, AnyMessages, AnyText, TextTask, UserError, cache_dir
 from .pictures import DATA_URI, read_image
-from .verifier import extract_answer, is_correct
+from .verifier import gold_answer, is_correct
 
 
 @dataclass
@@ -63,13 +64,10 @@ class JSONLines(TextTask):
 
     def problem(self, index):
         record = self.record(index)
-        prompt, answer = record.prompt, record.answer
-        answer = extract_answer(answer) if "####" in answer else answer
+        prompt, answer = record.prompt, gold_answer(record.answer)
         if isinstance(prompt, dict):
-            return {
-                "image": read_image(prompt["image"], record.where),
-                "text": prompt["text"],
-            }, answer
+            image = read_image(prompt["image"], record.where)
+            return {"image": image, "text": prompt["text"]}, answer
         return prompt + self.instruction if self.instruction else prompt, answer
 
     def reward(self, completion, answer):
@@ -89,20 +87,26 @@ class GSM8K(JSONLines):
     instruction = "\nReason step by step, then write the final answer as \\boxed{answer}."
 
     def __init__(self, split: str = "train"):
-        path = cache_dir() / "gsm8k" / f"{split}.jsonl"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(f"{self.url}/{split}.jsonl", str(path))
-            except OSError as error:
-                raise UserError(
-                    f"GSM8K could not be downloaded ({error}): put its train.jsonl and test.jsonl "
-                    f"into {path.parent}"
-                ) from error
+        path = download("gsm8k", f"{split}.jsonl", f"{self.url}/{split}.jsonl")
         super().__init__(path, split)
 
     def choose(self, records):
         return records  # the authors' own split
+
+
+def download(folder: str, name: str, url: str, sha256: str | None = None) -> Path:
+    """The file `name` of a folder of the cache, downloaded if it is not there. Raises UserError."""
+    path = cache_dir() / folder / name
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # It writes beside the path, compares the checksum, then renames.
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the checksum
+            raise UserError(
+                f"{url} could not be downloaded ({error}): put it into {path.parent} as {name}"
+            ) from error
+    return path
 
 
 @functools.lru_cache(maxsize=8)
