@@ -65,6 +65,7 @@ def add_run_flags(parser: Parser, eval_samples: int = 4) -> None:
     add("--eval-problems", type=positive_int, default=200, help="held-out problems (default: 200)")
     add("--eval-first", type=number(int, 0), default=0, help="index of the first (default: 0)")
     add("--eval-samples", type=positive_int, default=eval_samples, help=samples)
+    add("--log", choices=["tensorboard", "wandb"], help="metrics there, too; a package to install")
     add("--device", default=device, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of data and sampling (default: 0)")
 
@@ -148,6 +149,7 @@ class Run:
         self.start, paths = time.perf_counter(), [self.args.task, self.args.eval_task]
         paths = [Path(x) for x in paths if str(x).endswith(".jsonl")] + [self.dir / "data.jsonl"]
         self.data = [hashlib.sha256(x.read_bytes()).hexdigest() for x in paths if x.exists()]
+        self.tracker = None if self.args.log is None else open_tracker(self.args)
         if not self.resumed:
             return
         try:
@@ -216,6 +218,8 @@ class Run:
         row |= metrics
         if "tokens" in metrics:
             row["tokens_per_second"] = row["tokens"] / row["seconds"]
+        if self.tracker:
+            self.tracker(metrics, step)
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         table = [names, *([f"{r[x]:.6g}" if x in r else "" for x in names] for r in self.rows)]
         write(self.dir / "metrics.csv", "".join(",".join(cells) + "\n" for cells in table))
@@ -279,6 +283,20 @@ class Run:
             print(f"  no curves.png: {error!r:.200}")
         if fcntl:
             self.unlock()
+
+
+def open_tracker(args: argparse.Namespace) -> Callable[[dict, int], None]:
+    """What sends metrics to TensorBoard or wandb, under the names of metrics.csv."""
+    try:
+        if args.log == "wandb":
+            import wandb
+
+            return wandb.init(dir=args.out, name=args.out, config=vars(args)).log
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--log {args.log} needs a package: pip install {args.log}") from error
+    writer = SummaryWriter(args.out)
+    return lambda metrics, step: [writer.add_scalar(x, v, step) for x, v in metrics.items()]
 
 
 def write(path: Path, text: str) -> None:

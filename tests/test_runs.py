@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import pytest
@@ -709,6 +710,37 @@ def test_a_file_system_without_locks(model, tmp_path, monkeypatch):
     assert len(rows(tmp_path / "run")) == 2
 
 
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_metrics_go_to_another_log_too(model, tmp_path, monkeypatch, capsys, kind):
+    """Under the names of metrics.csv; and a package that is missing costs one line, before step 0."""
+    seen, out = {}, tmp_path / "run"
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(out)
+
+        def add_scalar(self, name, value, step):
+            seen.setdefault(step, {})[name] = value
+
+    def init(dir, name, config):
+        assert (dir, name, config["steps"]) == (str(out), str(out), 2)
+        return SimpleNamespace(log=lambda row, step: seen.setdefault(step, {}).update(row))
+
+    module = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[kind]
+    argv = flags("gpg.py", model, out, "--steps", 2, "--log", kind)
+    monkeypatch.setitem(sys.modules, module, None)
+    refused("gpg.py", argv, capsys, f"--log {kind} needs a package: pip install {kind}")
+    assert not list(out.iterdir())
+    monkeypatch.setitem(
+        sys.modules, module, SimpleNamespace(SummaryWriter=SummaryWriter, init=init)
+    )
+    run("gpg.py", argv)
+    assert list(seen) == [0, 1, 2]
+    for row in rows(out):
+        for name, value in seen[int(row["step"])].items():
+            assert float(row[name]) == pytest.approx(value, rel=1e-5)
+
+
 # ---- the command line ----
 
 
@@ -718,7 +750,7 @@ def test_help_lists_the_flags(script, start, tmp_path):
     listed = set(re.findall(r"--[a-z][a-z-]+", (tmp_path / "help.log").read_text()))
     ranged = {flag for name, flag, _ in RANGES if name == script}  # so none is forgotten
     others = {"--help", "--model", "--task", "--no-chat-template", "--grad-checkpointing"}
-    others |= {"--eval-task", "--system"}
+    others |= {"--eval-task", "--system", "--log"}
     others |= {"--out", "--resume", "--device"} | {
         "gpg.py": {"--no-alpha", "--mask-truncated"},
         "grpo.py": {"--dynamic-sampling", "--mask-truncated"},
