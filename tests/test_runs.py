@@ -712,7 +712,7 @@ def test_a_file_system_without_locks(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
 def test_metrics_go_to_another_log_too(model, tmp_path, monkeypatch, capsys, kind):
-    """Under the names of metrics.csv; and a package that is missing costs one line, before step 0."""
+    """Under the names of metrics.csv. A package that is missing costs one line, before step 0."""
     seen, out = {}, tmp_path / "run"
 
     class SummaryWriter:
