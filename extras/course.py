@@ -431,13 +431,14 @@ def lift(source: str, number: int, signature: str) -> str:
     marks = [i for i, line in enumerate(lines) if re.match(r" {8}# \d\. ", line)]
     start, end = marks[number - 1], marks[number]
     comment, body = lines[start].split(". ", 1)[1], "\n".join(lines[start + 1 : end]).rstrip()
-    sizes = {"B": "args.prompts", "G": "args.group_size"}
-    sizes = [f"    {x} = {value}" for x, value in sizes.items() if re.search(rf"\b{x}\b", body)]
+    first = {"B": "args.prompts", "G": "args.group_size", "ref_logprobs": "None"}
+    used = [x for x in first if re.search(rf"\b{x}\b", body) and x not in re.split(r"\W+", call)]
+    first = [f"    {x} = {first[x]}" for x in used]
     body = [line[4:] for line in body.split("\n")]
     text = [f'    """{comment}', "", f"    -> {outputs}", '    """']
     lines[start + 1 : end] = [f"        {outputs} = (", f"            {call}", "        )", ""]
     at = lines.index("def train(args: argparse.Namespace) -> Run:")
-    lines[at:at] = [f"def {call}:", *text, *sizes, *body, f"    return {outputs}", "", ""]
+    lines[at:at] = [f"def {call}:", *text, *first, *body, f"    return {outputs}", "", ""]
     return "\n".join(lines)
 
 
@@ -459,7 +460,7 @@ def stub(source: str, region: str, key: str) -> str:
     indent = " " * body[0].col_offset
     shapes = {}  # of each name whose line ends in such a comment
     for line in lines[first : body[-1].end_lineno]:
-        if match := re.match(r" *(\w+) = .*  # (\[.*?\].*|.* rows)$", line):
+        if match := re.match(r" *(\w+) = .*  # (.*\[.*\].*|.*[BGNn] rows.*)$", line):
             shapes[match[1]] = f"{indent}# {match[1]}: {match[2]}"
     new = [*shapes.values(), f'{indent}raise NotImplementedError("{key}")']
     lines[first : body[-1].end_lineno] = new

@@ -170,10 +170,22 @@ def test_rollout_metrics():
 
 
 def test_rollout_samples():
-    """The first group; of a picture's prompt the text."""
-    rollout = rollout_of_groups(texts=[f"answer {i}" for i in range(10)])
-    for prompt in ("what?", {"image": None, "text": "what?"}):
-        assert common.rollout_samples([prompt, "no", "no", "no", "no"], rollout, GROUPS[2:]) == [
-            {"prompt": "what?", "completion": "answer 0", "reward": -2},
-            {"prompt": "what?", "completion": "answer 1", "reward": -2},
-        ]
+    """The first three groups, token by token, without padding; of a picture's prompt the text."""
+    texts = [f"answer {i}" for i in range(10)]
+    rollout = rollout_of_groups(texts=texts, truncated=torch.arange(10) == 3)
+    rollout.logprobs = torch.linspace(-3, 0, 40).view(10, 4)
+    prompts = ["what?", {"image": None, "text": "this?"}, "so?", "no", "no"]
+    samples = common.rollout_samples(prompts, rollout, GROUPS)
+    assert [s["prompt"] for s in samples] == ["what?"] * 2 + ["this?"] * 2 + ["so?"] * 2
+    assert [s["reward"] for s in samples] == [1, 1, 0, 0, -2, -2]
+    assert samples[3] == {
+        "group": 1,
+        "prompt": "this?",
+        "completion": "answer 3",
+        "reward": 0,
+        "truncated": True,
+        "tokens": [1] * 4,
+        "logprobs": [-2.077, -2.0, -1.923, -1.846],
+    }
+    assert [len(s["tokens"]) for s in samples] == [1, 2, 3, 4, 1, 1]
+    assert [len(s["logprobs"]) for s in samples] == [1, 2, 3, 4, 1, 1]

@@ -1,9 +1,8 @@
-"""The verifier, the tasks, the Gymnasium contract, files, and the tiny models' cache."""
+"""The tasks, the Gymnasium contract, files, and the tiny models' cache."""
 
 import json
 import math
 import random
-import time
 import warnings
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from tasks import (
     TextTask,
     UserError,
     cache_dir,
-    extract_answer,
     first_problem,
     get_prompts,
     get_rewards,
@@ -32,102 +30,6 @@ from tasks.addition import FLAWLESS
 from tasks.episodes import TaskError
 from tasks.jsonl import read_records
 from tasks.posts import PREFERENCES
-
-# ---- the verifier ----
-
-RIGHT = {  # answer: completions
-    "72": [
-        r"\boxed{72}", r"first \boxed{5}, then \boxed{72}", r"\boxed{72} and 5 more",
-        r"#### 5 but \boxed{72}", r"\boxed{72} #### 5", "#### 72", "#### 5\n#### 72", "####72",
-        "####\n72", "5 + 67\n#### 72\nthat is all, 100%", "the answer is 72", "5 + 67 = 72",
-        "5 + 67 = 72.", "it is 72, I think", r"an open \boxed{5 but #### 72",
-        r"an open \boxed{5 but 72", "#### 72.0", "#### $72", r"#### \$72", "#### 72 dollars",
-        "#### x = 72", "#### 72.", r"\boxed{ 72 }",
-    ],
-    "72.00": ["#### 72"],
-    "1000": ["#### 1,000", "#### 1e3"],
-    "1,000": ["#### 1000"],
-    "1234567.5": ["#### 1,234,567.5"],
-    "0.5": ["#### 1/2", "#### .5", r"\boxed{\frac{1}{2}}"],
-    "1/2": ["#### 0.5"],
-    "0.75": [r"\boxed{\dfrac{3}{4}}"],
-    "-0.5": [r"\boxed{-\frac{1}{2}}"],
-    "-3": ["#### -3", "#### \u22123", "so 5 - 8 = -3"],
-    "3": ["#### +3"],
-    "5": ["so 8-5"],
-    "50": ["#### 50%", r"\boxed{50\%}"],
-    "0.25": ["#### 2.5E-1"],
-    "7": ["#### 007"],
-    "0.10": ["#### 0.1"],
-    "123456789012345678901234567890": ["#### 123456789012345678901234567890"],
-    "north": ["#### north", "#### North "],
-    "The red house": ["####   the   red\thouse"],
-    "x^{2}+1": [r"\boxed{x^{2}+1}"],
-    r"\text{a{b}c}": [r"\boxed{\text{a{b}c}}"],
-    "(1, 2)": ["#### (1, 2)"],
-    "straße": ["#### STRASSE"],
-}  # fmt: skip
-WRONG = {  # answer: completions
-    "72": [
-        "", "no number at all", "####", "#### ", r"\boxed{}", "#### 73", "72\n#### 73",
-        r"\boxed{73} #### 72", "#### 720", "#### 7.2", "#### -72", "#### 72.0000001",
-        "__import__('os').getpid()", "#### 8*9", "#### nan", "#### inf", "#### 1e999999999",
-    ],
-    "123456789012345678901234567890": ["#### 123456789012345678901234567891"],  # float: equal
-    "0.3": ["#### 0.30000000000000004"],
-    "100": ["#### 1,00", "#### 10**2"],
-    "0": ["#### 1/0"],
-    "0.333333": ["#### 1/3"],
-    "north": ["#### south", "north #### south", "72"],
-    "1e999999999": ["#### 72"],
-    "7" * 102: ["#### " + "7" * 101],
-}  # fmt: skip
-
-
-def cases(table):
-    return [(completion, answer) for answer, row in table.items() for completion in row]
-
-
-@pytest.mark.parametrize("completion, answer", cases(RIGHT))
-def test_right(completion, answer):
-    assert is_correct(completion, answer)
-
-
-@pytest.mark.parametrize("completion, answer", cases(WRONG))
-def test_wrong(completion, answer):
-    assert not is_correct(completion, answer)
-
-
-def test_the_extracted_answer():
-    assert extract_answer(r"so \boxed{ \frac{1}{2} } m") == r"\frac{1}{2}"
-    assert extract_answer("9\n#### 8 apples\n7") == "8 apples"
-    assert extract_answer("from 5 to $1,234.5.") == "1,234.5"
-    assert extract_answer("none") is None
-
-
-@pytest.mark.parametrize(
-    "piece",
-    [
-        "1", "-", ",", "$", "{", "}", " ", "\n", "#", "1,", "1,111", "1/", "1.e", "e", "\\frac{",
-        "\\boxed{", "\\boxed{}", "\\frac{1}{2}", "####", "+1", "(", "\\", "1e9", "٣", "\u2212",
-    ],
-)  # fmt: skip
-def test_a_megabyte_of_anything_takes_linear_time(piece):
-    text = piece * (10**6 // len(piece))
-    start = time.process_time()
-    for completion in (text, "\\boxed{" + text):
-        is_correct(completion, "72")
-    is_correct("#### " + text, text)
-    assert time.process_time() - start < 30  # a quadratic rule would take hours
-
-
-def test_an_exponent_is_never_written_out():
-    start = time.process_time()
-    for text in ("1e999999999", "-1e-999999999", "1e9999/3", "9" * 4999 + "e99999"):
-        is_correct(f"#### {text}", text)
-        is_correct(f"#### {text}", "72")
-    assert time.process_time() - start < 1
-
 
 # ---- addition ----
 
@@ -533,14 +435,14 @@ def test_gsm8k_is_downloaded_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fetched = []
 
-    def download(url, path):
+    def download(url, path, hash_prefix):
         fetched.append(url.rpartition("/")[2])
         if len(fetched) == 1:
             raise OSError("no route")
         write(Path(path), [{"question": "1+1?", "answer": "#### 2"}])
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(UserError, match=r"\(no route\): put its train.jsonl and test.jsonl into "):
+    with pytest.raises(UserError, match=r"\(no route\): put it into .*gsm8k as test.jsonl$"):
         make_task("gsm8k", "test")
     for _ in range(2):
         assert make_task("gsm8k", "test").unwrapped.problem(0)[1] == "2"
@@ -584,7 +486,7 @@ def test_line_separators_and_a_byte_order_mark_are_text(tmp_path):
     path = tmp_path / "mine.jsonl"
     text = '{"prompt": "a\u2028b", "answer": "c"}\r\n\n{"question": "d", "answer": 1}'
     path.write_bytes(text.encode("utf-8-sig"))
-    assert read_records(path) == [("a\u2028b", "c"), ("d", "1")]
+    assert [(r.prompt, r.answer) for r in read_records(path)] == [("a\u2028b", "c"), ("d", "1")]
 
 
 def test_null_counts_as_absent(tmp_path):
@@ -593,7 +495,7 @@ def test_null_counts_as_absent(tmp_path):
         {"prompt": None, "question": "b", "answer": 2},
     ]
     path = write(tmp_path / "mine.jsonl", records)
-    assert read_records(Path(path)) == [("a", "1"), ("b", "2")]
+    assert [(r.prompt, r.answer) for r in read_records(path)] == [("a", "1"), ("b", "2")]
 
 
 @pytest.mark.parametrize(
@@ -615,7 +517,28 @@ def test_null_counts_as_absent(tmp_path):
         ('{"prompt": "a", "answer": -Infinity}', "needs a finite number under 'answer'"),
         ('{"prompt": "a", "answer": 1e400}', "needs a finite number under 'answer'"),
         ('{"prompt": null, "answer": 1}', "needs a text under 'prompt'"),
-        ('{"prompt": "a", "answer": 1, "images": ["b.png"]}', "needs one path under 'image'"),
+        ('{"prompt": "a", "answer": 1, "images": ["b.png", "c.png"]}', "needs one picture"),
+        ('{"prompt": "a", "answer": 1, "images": []}', "needs one picture"),
+        ('{"prompt": "a", "answer": 1, "images": "b.png"}', "needs one picture"),
+        ('{"prompt": "a", "answer": 1, "images": ["b"], "image": "b"}', "needs one picture"),
+        ('{"prompt": "a", "answer": 1, "images": [{"bytes": "b"}]}', "needs the path of a picture"),
+        ('{"prompt": [], "answer": 1}', "needs at least one message"),
+        ('{"messages": [{"role": "user"}], "answer": 1}', "not a message with a role and a text"),
+        ('{"messages": ["a"], "answer": 1}', "not a message with a role and a text"),
+        ('{"messages": [{"role": 1, "content": "a"}], "answer": 1}', "not a message with a role"),
+        (
+            '{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": 1}',
+            "not a message with a role and a text",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "answer": 1}',
+            "its messages end with an answer",
+        ),
+        (
+            '{"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],'
+            ' "image": "c.png", "answer": 1}',
+            "needs one text beside its picture, not 2 messages",
+        ),
     ],
     ids=lambda text: text[:40],
 )

@@ -27,33 +27,27 @@ def optimum(seed: int) -> list[Case]:
 
 
 def pairs(module, seed: int):
-    """A Pairs object of 3 seeds x 4 pairs, and its logits, which have a gradient."""
+    """A PairBatch of 3 seeds x 4 pairs, and its logits, which have a gradient."""
     generator, (_, problem) = torch.Generator().manual_seed(seed), numbers(seed)
     logits = torch.randn(3, 3, generator=generator, dtype=torch.float64).requires_grad_()
     y, y_ = torch.randint(3, (2, 3, 4), generator=generator)
     wins = torch.rand(3, 4, generator=generator) < 0.5
-    p = module.Pairs(logits, y, y_, wins, mu1=(0.2, 0.3, 0.5), mu2=(0.6, 0.3, 0.1), **problem)
-    return p, logits
+    mu = (0.2, 0.3, 0.5), (0.6, 0.3, 0.1)
+    return module.PairBatch(logits, y, y_, wins, mu=mu, **problem), logits
 
 
 def attributes(seed: int) -> list[Case]:
     def shown(module, name):
-        """The value of an attribute or of a method, and its gradient."""
         p, logits = pairs(module, seed)
-        value = getattr(p, name)
-        value = value() if callable(value) else value
-        found = []
-        for x in value if isinstance(value, tuple) else (torch.as_tensor(value),):
-            slope = torch.zeros(logits.shape)
-            if x.requires_grad:
-                slope = torch.autograd.grad(x.sum(), logits)[0]
-            found.append({"value": x.detach(), "gradient": slope})
-        return found
+        value, slope = getattr(p, name), torch.zeros(logits.shape)
+        if value.requires_grad:
+            slope = torch.autograd.grad(value.sum(), logits)[0]
+        return {"value": value.detach(), "gradient": slope}
 
-    names = ["r", "r_", "rb", "rb_", "logp", "logp_", "h", "h_", "pi", "regularised"]
-    names += ["value", "value_kl", "weights", "margin"]
+    names = ["r", "r_", "rb", "rb_", "logp", "logp_", "h", "h_", "w", "w_", "margin"]
+    names += ["value", "value_kl"]
     runs = {name: functools.partial(shown, name=name) for name in names}
-    return [Case(f"Pairs.{x}, with its gradient", run, part=x) for x, run in runs.items()]
+    return [Case(f"PairBatch.{x}, with its gradient", run, part=x) for x, run in runs.items()]
 
 
 def losses(names: str):
@@ -99,7 +93,7 @@ def data(seed: int) -> list[Case]:
 
 QUESTIONS = {
     "Q1": Question("The optimum", 20, "bandit_toy.py", "optimal_policy objective regret", optimum),
-    "Q2": Question("What a loss may use", 25, "bandit_toy.py", "Pairs", attributes),
+    "Q2": Question("What a loss may use", 25, "bandit_toy.py", "PairBatch", attributes),
     "Q3": Question("The loss of CoPG", 15, "bandit_toy.py", "copg_loss", losses("copg_loss")),
     "Q4": Question("Its rivals", 20, "bandit_toy.py", RIVALS, losses(RIVALS)),
     "Q5": Question("Collecting the data", 10, "bandit_toy.py", "collect data_set", data),

@@ -85,7 +85,7 @@ def samples(seed: int) -> list[Case]:
             zero |= {"truncated rows are full": bool((lengths[r.truncated] == 12).all())}
             return zero | {"no empty column": ids.shape[1] == int(lengths.max())}
         rows = zip(ids, lengths - ended.long(), strict=True)
-        texts = tokenizer.batch_decode([x[:n] for x, n in rows], skip_special_tokens=True)
+        texts = tokenizer.batch_decode([x[:n] for x, n in rows])
         prompts = zip(r.prompt_ids, r.prompt_mask.bool(), strict=True)
         prompts = [tokenizer.decode(ids[mask]) for ids, mask in prompts]
         in_order = prompts == [p for p in PROMPTS for _ in range(8)]

@@ -50,27 +50,30 @@ def sampling(seed: int) -> list[Case]:
 
 
 def batch(seed: int) -> list[Case]:
-    def values(alpha, total_tokens):
-        return {"alpha": alpha, "total_tokens": total_tokens}
+    def values(alpha, lengths, total_tokens):
+        return {"alpha": alpha, "lengths": lengths, "total_tokens": total_tokens}
 
-    flags = ["--beta-th 0", "--beta-th 0 --no-alpha", "--beta-th 0.9 --max-rounds 3"]
+    more = "--beta-th 0.9 --max-rounds 3"
+    flags = ["--beta-th 0", "--beta-th 0 --no-alpha", more, f"{more} --mask-truncated"]
     flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
     return [train_case(x, values, until="choose_batch") for x in flags]
 
 
 def update(seed: int) -> list[Case]:
     flags = ["", "--micro-batch-tokens 40", "--f-norm std --temperature 0.7", "--clip-grad 0.01"]
+    flags += ["--mask-truncated"]
     columns = ["loss", "grad_norm", "lr", "weights"]
     cases = [train_case(f"{x} --steps 2 --seed {seed}", columns) for x in flags]
     return [*cases, train_case(f"--steps 2 --seed {seed}", columns, task="AllDead-v0")]
 
 
 ROUNDS = "prompts, rollouts, rollout, rewards, valid"
-BATCH = "run, rollout, rewards, valid, alpha, total_tokens"
+BATCH = "alpha, lengths, total_tokens"
 TRAIN = {  # paragraphs of train that the handout makes functions
     1: f"sample_groups(model, tokenizer, task, run, args) -> {ROUNDS}",
-    2: "choose_batch(rollout, rewards, valid, args) -> alpha, total_tokens",
-    3: f"update(step, model, optimizer, {BATCH}, args) -> loss, grad_norm, lr",
+    2: f"choose_batch(rollout, rewards, valid, args) -> {BATCH}",
+    3: f"update(step, model, optimizer, run, rollout, rewards, valid, {BATCH}, args)"
+    " -> loss, grad_norm, lr",
 }
 QUESTIONS = {
     "Q1": Question("Advantages", 15, "gpg.py", "is_valid group_advantages", advantages),

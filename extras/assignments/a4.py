@@ -72,14 +72,15 @@ def sampling(seed: int) -> list[Case]:
 
 
 def batch(seed: int) -> list[Case]:
-    def values(batch, advantages, ref_logprobs):
+    def values(chosen, batch, A, ref_logprobs):
         """In any order of the rows."""
-        sums = [x.double().sum(1) for x in (batch.completion_ids, batch.logprobs, ref_logprobs)]
-        found = {"rows": len(batch.texts), "advantages": advantages.sort().values}
-        return found | {"sums over the rows": [(advantages * x).sum() for x in sums]}
+        given = [batch.completion_ids, batch.logprobs, ref_logprobs]
+        sums = [(A * x.double().sum(1)).sum() for x in given if x is not None]
+        return {"rows": chosen.sort().values, "advantages": A.sort().values, "sums": sums}
 
     flags = ["", "--kl-beta 0", "--dynamic-sampling --max-rounds 3", "--scale none"]
-    flags = [f"{x} --steps 1 --seed {seed}" for x in [*flags, "--temperature 0.7"]]
+    flags += ["--temperature 0.7", "--mask-truncated"]
+    flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
     return [train_case(x, values, until="choose_batch") for x in flags]
 
 
@@ -92,7 +93,7 @@ def updates(seed: int) -> list[Case]:
     several = "--updates-per-batch 2 --minibatches 3"
     flags = [several, f"{several} --micro-batch-tokens 40 --kl-beta 0", f"{several} --variant dapo"]
     flags += [f"{several} --variant dr_grpo --micro-batch-tokens 40"]
-    columns = ["loss", "grad_norm", "clip_share", "ratio_min", "ratio_max", "weights"]
+    columns = ["loss", "grad_norm", "clip_share", "ratio_min", "ratio_max", "kl", "weights"]
     given = {"minibatches": strided}
     cases = [train_case(f"{x} --steps 2 --seed {seed}", columns, given=given) for x in flags]
     dead = f"--kl-beta 0 --steps 2 --seed {seed}"
@@ -100,11 +101,12 @@ def updates(seed: int) -> list[Case]:
 
 
 ROUNDS = "prompts, rollouts, rollout, rewards, valid"
-BATCH = "batch, advantages, ref_logprobs"
+BATCH = "chosen, batch, A, ref_logprobs"
 TRAIN = {  # paragraphs of train that the handout makes functions
     1: f"sample_groups(model, tokenizer, task, run, args) -> {ROUNDS}",
     2: f"choose_batch(model, ref_model, rollout, rewards, valid, args) -> {BATCH}",
-    3: f"update(step, model, optimizer, ref_model, {BATCH}, flags, args) -> updates, lr",
+    3: f"update(step, model, optimizer, ref_model, {BATCH}, args)"
+    " -> losses, grad_norms, last_logprobs, lr",
 }
 QUESTIONS = {
     "Q1": Question("Advantages", 10, "grpo.py", "group_advantages", advantages),

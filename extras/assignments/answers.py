@@ -15,7 +15,7 @@ from tasks import Posts
 
 
 def bandit_regret(method: str, mu1: list[float], mu2: list[float]) -> float:
-    return float(bandit_toy.regret(bandit_toy.limit(method, mu1=mu1, mu2=mu2)))
+    return float(bandit_toy.regret(bandit_toy.limit(method, mu=(mu1, mu2))))
 
 
 def number_of_micro_batches(lengths: list[int], budget: int) -> int:

@@ -1,0 +1,87 @@
+"""Mathematics: MATH for training, and the five test sets of the GPG paper (table 1).
+
+Each file is downloaded once, or put by hand into ~/.cache/policy-gradients/<task>/ as train.jsonl
+or test.jsonl; math500 is the test of math.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+from .base import TextTask, UserError
+from .jsonl import GSM8K, JSONLines, Problem, download, json_lines
+from .verifier import as_number, extract_answer, fold, gold_answer, is_correct
+
+# No address here could be tried where this was written; the files' columns and MATH's checksum are
+# those of the published files.
+QWEN = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data"
+MATH = "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits"
+URLS = {
+    ("math", "train"): f"{MATH}/train.jsonl",  # 12,000 problems, of which levels 3 to 5 are used
+    ("math", "test"): f"{MATH}/test.jsonl",  # 500: MATH-500
+    ("aime24", "test"): f"{QWEN}/aime24/test.jsonl",  # 30
+    ("amc23", "test"): f"{QWEN}/amc23/test.jsonl",  # 40
+    ("minerva", "test"): f"{QWEN}/minerva_math/test.jsonl",  # 272
+    ("olympiadbench", "test"): f"{QWEN}/olympiadbench/test.jsonl",  # 675
+}
+SHA256 = {  # where it is known
+    ("math", "train"): "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076",
+}
+
+
+class Maths(JSONLines):
+    """Problems with one answer, which the verifier judges. Raises UserError for a test set that is
+    asked for its training split."""
+
+    instruction = GSM8K.instruction
+
+    def __init__(self, split: str = "train", name: str = "math"):
+        TextTask.__init__(self, split)
+        folder = "math" if name == "math500" else name
+        if split == "train" and name != "math":
+            raise UserError(f"{name} is a test set, not to be trained on: use --eval-task {name}")
+        key = folder, split
+        path = download(folder, f"{split}.jsonl", URLS[key], SHA256.get(key))
+        self.records = read_problems(path, levels="345" if split == "train" else "")
+        self.size = len(self.records)
+
+    def reward(self, completion, answer):
+        answer, _, error = answer.partition(" ± ")
+        if is_correct(completion, answer):
+            return 1.0
+        found, gold = (as_number(fold(x or "")) for x in (extract_answer(completion), answer))
+        return float(error != "" and found is not None and abs(found - gold) <= Fraction(error))
+
+
+def read_problems(path: Path, levels: str = "") -> list[Problem]:
+    """The problems of a file; with `levels`, only those of these. Raises UserError.
+
+    The files name the problem `problem` or `question`, after a `context`; the answer `answer` or
+    `final_answer`, else it is in the box of the `solution`. A tolerance under `error` becomes a
+    part of the answer: "4.2 ± 1e-1".
+    """
+    records = []
+    for where, record in json_lines(path):
+        if levels and str(record.get("level"))[-1:] not in levels:  # 3 or "Level 3"
+            continue
+        problem = record.get("problem", record.get("question"))
+        answer = record.get("answer", record.get("final_answer"))
+        if answer is None and "\\boxed" in str(record.get("solution")):
+            answer = gold_answer(record["solution"])
+        if isinstance(answer, list):
+            answer = ", ".join(map(str, answer))
+        if isinstance(answer, float) and answer.is_integer():
+            answer = int(answer)  # AMC's 27.0
+        if not isinstance(problem, str) or type(answer) not in (str, int, float) or answer == "":
+            raise UserError(
+                f"{where}: needs a problem, and an answer or a solution with a \\boxed{{}}"
+            )
+        if record.get("context"):
+            problem = f"{record['context']}\n{problem}"
+        if record.get("error"):
+            answer = f"{answer} ± {record['error']}"
+        records.append(Problem(problem, str(answer), where))
+    if not records:
+        raise UserError(f"{path}: no problem of level {', '.join(levels)}")
+    return records
