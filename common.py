@@ -24,12 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.cache_utils import DynamicLayer
 
 from tasks import UserError, get_prompts, get_rewards, held_out, make_task, pictures
-from tasks.prompts import encode_prompts, end_of_answer, prompt_text
+from tasks.prompts import encode_prompts, end_of_answer, prompt_text, set_system
 from tasks.tiny import tiny_model
 
-# --------------------------------------------------------------------------------------------------
-# Sampling
-# --------------------------------------------------------------------------------------------------
+# ---- Sampling ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -55,10 +53,10 @@ class Rollout:
             self.pictures = [None] * len(self.texts)
 
     def select(self, index: Tensor) -> Rollout:
-        """These rows (indices or a mask, at least one), without columns of padding alone."""
+        """These rows (indices or a mask), without columns of padding alone."""
         index = torch.arange(len(self.texts), device=index.device)[index]
-        P = int(self.prompt_mask[index].sum(1).amax())
-        T = int(self.completion_mask[index].sum(1).amax())
+        P = max(self.prompt_mask[index].sum(1).tolist(), default=0)
+        T = max(self.completion_mask[index].sum(1).tolist(), default=0)
         return Rollout(
             prompt_ids=self.prompt_ids[index, -P:],
             prompt_mask=self.prompt_mask[index, -P:],
@@ -154,6 +152,7 @@ def sample(
     truncated[running] = True
     lengths = (completion_mask.sum(1) - (~truncated).long()).tolist()  # without the EOS
     texts = [row[:n] for row, n in zip(completion_ids.tolist(), lengths, strict=True)]
+    # Special tokens may carry meaning for the reward; only the one that ended the row is dropped.
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -161,7 +160,7 @@ def sample(
         completion_mask=completion_mask[:, :T],
         logprobs=logprobs[:, :T],
         truncated=truncated,
-        texts=tokenizer.batch_decode(texts, skip_special_tokens=True),
+        texts=tokenizer.batch_decode(texts),
         group=torch.arange(len(prompts), device=device).repeat_interleave(G),
         pictures=[image for image in images for _ in range(G)],
     )
@@ -243,9 +242,7 @@ def repeat_cache(cache: DynamicCache, repeats: int, new_tokens: int) -> None:
             layer.batch_repeat_interleave(repeats)
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probabilities
-# --------------------------------------------------------------------------------------------------
+# ---- Log-probabilities ---------------------------------------------------------------------------
 
 LOGITS_AT_ONCE = 2**24  # in one chunk: 64 MiB in fp32
 
@@ -298,7 +295,8 @@ def predicting_states(model, body: Callable, rollout: Rollout) -> Tensor:
     last = body(1, input_ids=prompts.prompt_ids, cache=cache, use_cache=True, **inputs)  # [U, 1, H]
     cache.reorder_cache(prompt_of)  # by index_select: indexing has a non-deterministic backward
     mask = torch.cat([prompts.prompt_mask[prompt_of], r.completion_mask[:, :-1]], 1).long()
-    position = next_position(position)[prompt_of] + torch.arange(T - 1, device=mask.device)
+    place = (r.completion_mask.long().cumsum(1) - 1)[:, :-1]  # padding stays in the context
+    position = next_position(position)[prompt_of] + place
     inputs = {"attention_mask": mask, "position_ids": position}  # [N, P + T - 1], [N, T - 1]
     rest = body(T - 1, input_ids=completion_ids[:, :-1], cache=cache, use_cache=True, **inputs)
     return torch.cat([last.index_select(0, prompt_of), rest], 1)
@@ -348,9 +346,7 @@ def micro_batches(rollout: Rollout, max_tokens: int, block: int = 1) -> list[Ten
     return [torch.tensor(sorted(batch), device=rollout.group.device) for batch in batches]
 
 
-# --------------------------------------------------------------------------------------------------
-# Models and their metrics
-# --------------------------------------------------------------------------------------------------
+# ---- Models and their metrics --------------------------------------------------------------------
 
 
 def autocast(device: torch.device):
@@ -358,10 +354,13 @@ def autocast(device: torch.device):
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 
 
-def load_model(name: str, device, task=None, chat_template=True, grad_checkpointing=False):
+def load_model(
+    name: str, device, task=None, chat_template=True, system=None, grad_checkpointing=False
+):
     """(model, tokenizer) of "tiny", a directory, or a Hugging Face id; fp32 weights, no dropout.
 
-    "tiny" is warm-started on the demonstrations of `task` ("add" if None). Raises UserError.
+    "tiny" is warm-started on the demonstrations of `task` ("add" if None). system: a turn that the
+    tokenizer puts before every prompt. Raises UserError.
     """
     transformers.utils.logging.disable_progress_bar()
     if name == "tiny":
@@ -390,11 +389,18 @@ def load_model(name: str, device, task=None, chat_template=True, grad_checkpoint
         if not chat_template:
             tokenizer.chat_template = None
         sample(model, tokenizer, ["1", "2 and 3"], 2, 3)  # does all of it work together?
+        last_differs = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
+        with torch.no_grad():
+            before, after = model(input_ids=last_differs, use_cache=False).logits[:, 1]
+        if not torch.allclose(before, after, atol=1e-4):
+            raise ValueError("a token changes the logits before it: it is not causal")
     except Exception as error:  # hub, parsers, file formats, devices: many causes, one line
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name} cannot be loaded as a language model on {device}: {reason:.300}"
         ) from error
+    if system is not None:
+        set_system(model, tokenizer, system)
     if grad_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train(grad_checkpointing), tokenizer  # transformers checkpoints in train mode only

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
@@ -47,6 +48,7 @@ from common import (
     rollout_metrics,
     rollout_samples,
     sample,
+    stop_token_ids,
 )
 from run import (
     Parser,
@@ -59,15 +61,32 @@ from run import (
     positive_float,
     positive_int,
 )
-from tasks import Posts, UserError, get_prompts, get_rewards, held_out, make_task
+from tasks import (
+    Posts,
+    UserError,
+    first_problem,
+    get_prompts,
+    get_rewards,
+    held_out,
+    make_task,
+    make_tasks,
+)
 from tasks.pairs import HeldOutPrompts, Record, read_records, write_records
 from tasks.posts import PREFERENCES
-from tasks.prompts import check_token_ids, encode_prompts, end_of_answer, pad, prompt_text
+from tasks.prompts import (
+    as_messages,
+    check_token_ids,
+    encode_prompts,
+    end_of_answer,
+    leave_out_misfits,
+    pad,
+    prompt_text,
+    tokens_before_a_text,
+    without_misfits,
+)
 from tasks.tiny import cached_model, fit, tiny_model
 
-# --------------------------------------------------------------------------------------------------
-# Arguments
-# --------------------------------------------------------------------------------------------------
+# ---- Arguments -----------------------------------------------------------------------------------
 
 # The paper trains Llama-2-7B (section 6).
 TINY = dict(lr=1e-4, prompts=64, max_new_tokens=48, micro_batch_tokens=4096)
@@ -85,6 +104,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reward-model", help="classifier with one label, or task: its own reward (default: task)")
     add("--task", help="posts, add, count, gsm8k, file.jsonl, module:Name-v0 (default: posts)")
     add("--data", help="file.jsonl of scored completions or preferences")
+    add("--eval-task", help="evaluate on its test problems; files are then used whole")
+    add("--system", help="text of a system turn before every prompt")
     add("--no-chat-template", action="store_true", help="feed the raw prompt to the model")
     add("--pairs", type=positive_int, help="prompts to collect data for (default: 6400)")
     add("--completions", type=positive_int, help="G sampled for each of them (default: 2)")
@@ -133,9 +154,7 @@ def defaults(args: argparse.Namespace) -> dict:
     return flags | {"task": task, "pairs": 6400, "completions": 2, "epochs": 2}
 
 
-# --------------------------------------------------------------------------------------------------
-# The equations
-# --------------------------------------------------------------------------------------------------
+# ---- The equations -------------------------------------------------------------------------------
 
 
 def copg_loss(logratios: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -176,22 +195,24 @@ def policy_loss(loss: str, logratios: Tensor, rewards: Tensor, beta: float) -> T
     return {"ipo": ipo_loss, "dpo": dpo_loss}[loss](h_best, h_worst, beta)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> Run:
     run = Run(args)
     given = None if args.online else run.dir / "data.jsonl" if run.resumed else args.data
     records = read_records(given) if given else []
-    task = make_task(args.task) if args.task else None
-    test_task = make_task(args.task, "test") if args.task else HeldOutPrompts(records)
+    task, test_task = None, HeldOutPrompts(records)
+    if args.task:
+        task, test_task = make_tasks(args.task, args.eval_task)
+    elif args.eval_task:
+        test_task = make_task(args.eval_task, "test", whole=True)
     model, tokenizer = load_model(
         run.weights or args.model,
         args.device,
         task,
         chat_template=not args.no_chat_template,
+        system=args.system,
         grad_checkpointing=args.grad_checkpointing,
     )
     ref_model = load_model(args.model, args.device, task)[0].requires_grad_(False)
@@ -200,11 +221,14 @@ def train(args: argparse.Namespace) -> Run:
         reward_model = RewardModel(args.reward_model or learned_reward_model(), args.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     torch.manual_seed(args.seed)
+    tasks = [test_task] if task is None else [task, test_task]
+    leave_out_misfits(model, tokenizer, args.max_new_tokens, *tasks)
     if not args.online and not run.resumed:  # rewards and reference are computed once and kept
         records = records or collect_records(model, tokenizer, task, args)
-        score_records(records, ref_model, tokenizer, reward_model, args)
+        records = score_records(records, ref_model, tokenizer, reward_model, args)
         write_records(run.dir / "data.jsonl", records)
-    data = [record for record in records if not record.held_out] or records
+    data = [record for record in records if args.eval_task or not record.held_out]
+    data = data or records
     n = args.pairs if args.online else len(data)
     args.steps = args.steps or math.ceil(args.epochs * n / args.prompts)
     args.warmup = math.ceil(args.steps / 10) if args.warmup is None else args.warmup
@@ -246,14 +270,13 @@ def train(args: argparse.Namespace) -> Run:
             loss += mb_loss.item()
             preferred = rewards[index].gather(1, logratios.argmax(1, keepdim=True))[:, 0]  # [b]
             agreement += (preferred == rewards[index].amax(1)).sum().item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            model.parameters(), args.clip_grad, error_if_nonfinite=True
-        ).item()
+        grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
 
         # 3. Log, evaluate, save.
-        metrics |= {"loss": loss, "grad_norm": grad_norm, "lr": lr, "top1_agreement": agreement / B}
+        metrics |= {"loss": loss, "grad_norm": float(grad_norm), "lr": lr}
+        metrics["top1_agreement"] = agreement / B
         run.log(step, metrics, samples)
         if step % args.eval_every == 0 or step == args.steps:
             run.log(step, *evaluate(model, ref_model, tokenizer, reward_model, test_task, args))
@@ -276,13 +299,16 @@ def encode(model, tokenizer, records: list[Record]) -> Rollout:
     texts = [text for record in records for text in record.completions]
     ends = [end for record in records for end in record.ends]
     rows = tokenizer(texts, add_special_tokens=False).input_ids
+    stop_ids = set(stop_token_ids(model, tokenizer))
+    for row, text in zip(rows, texts, strict=True):
+        if stop_ids & set(row):
+            raise UserError(f"{text!r:.60} goes on after a token that ends a completion")
     rows = [[*row, end] if end >= 0 else row for row, end in zip(rows, ends, strict=True)]
     check_token_ids(model, rows, texts, 0)
     ids, mask = pad(rows, "right", model.device)  # [N, T]
-    T, G = ids.shape[1], len(records[0].completions)
-    prompt_ids, prompt_mask, pictures = encode_prompts(
-        model, tokenizer, [record.prompt for record in records], T
-    )
+    G = len(records[0].completions)
+    prompts, longest = [record.prompt for record in records], mask.sum(1).view(-1, G).amax(1)
+    prompt_ids, prompt_mask, pictures = encode_prompts(model, tokenizer, prompts, longest.tolist())
     return Rollout(
         prompt_ids=prompt_ids.repeat_interleave(G, 0),
         prompt_mask=prompt_mask.repeat_interleave(G, 0),
@@ -296,9 +322,7 @@ def encode(model, tokenizer, records: list[Record]) -> Rollout:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Data and evaluation
-# --------------------------------------------------------------------------------------------------
+# ---- Data and evaluation -------------------------------------------------------------------------
 
 
 def collect_records(model, tokenizer, task, args) -> list[Record]:
@@ -312,8 +336,9 @@ def collect_records(model, tokenizer, task, args) -> list[Record]:
             record.rewards = rewards.tolist()
         return records
     records, G, eos = [], args.completions, end_of_answer(tokenizer)
-    for i in tqdm(range(0, args.pairs, 64), desc="sampling data"):
-        problems = list(range(i, min(i + 64, args.pairs)))
+    first = first_problem(args.seed)
+    for i in tqdm(range(first, first + args.pairs, 64), desc="sampling data"):
+        problems = list(range(i, min(i + 64, first + args.pairs)))
         prompts = get_prompts(task, problems)
         rollout = sample(model, tokenizer, prompts, G, args.max_new_tokens)
         rewards = get_rewards(task, problems, rollout.texts)[0].tolist()  # [b, G]
@@ -325,35 +350,48 @@ def collect_records(model, tokenizer, task, args) -> list[Record]:
             texts = rollout.texts[j * G : (j + 1) * G]
             records.append(Record(prompt, texts, rewards=rewards[j], ends=ends[j]))
     truncated = sum(end < 0 for record in records for end in record.ends) / len(records) / G
-    dead = sum(len(set(record.rewards)) == 1 for record in records) / len(records)
-    print(
-        f"sampled data: {truncated:.3f} of the completions end at --max-new-tokens; the rewards of "
-        f"{dead:.3f} of the prompts are all equal"
-    )
+    print(f"sampled data: {truncated:.3f} of the completions end at --max-new-tokens")
     return records
 
 
-def score_records(records: list[Record], ref_model, tokenizer, reward_model, args) -> None:
-    """Fill in rewards, ends and ref_logprobs. Raises UserError."""
-    eos = end_of_answer(tokenizer)
+def score_records(records: list[Record], ref_model, tokenizer, reward_model, args) -> list[Record]:
+    """Fill in rewards, ends and ref_logprobs of the records that fit. Raises UserError."""
+    eos, stop_ids = end_of_answer(tokenizer), stop_token_ids(ref_model, tokenizer)
+    stops = dict(zip(tokenizer.convert_ids_to_tokens(stop_ids), stop_ids, strict=True))
+    for record in records:
+        if record.ends is None:
+            record.ends = [-1 if eos is None else eos] * len(record.completions)
+            for i, text in enumerate(record.completions):  # it may be written at the end
+                end = next((x for x in stops if text.endswith(x)), None)
+                if end:
+                    record.completions[i], record.ends[i] = text.removesuffix(end), stops[end]
+
+    def flat(part: list[Record]) -> tuple[list, list[str]]:  # N prompts, N completions
+        prompts = [record.prompt for record in part for _ in record.completions]
+        return prompts, [text for record in part for text in record.completions]
+
+    def check(part: list[Record]) -> None:
+        encode(ref_model, tokenizer, part)
+        if reward_model:
+            reward_model.encode(*flat(part))
+
+    records = without_misfits(records, check)
     for i in tqdm(range(0, len(records), 64), desc="scoring the data"):
         part = records[i : i + 64]
-        prompts = [record.prompt for record in part for _ in record.completions]
-        texts = [text for record in part for text in record.completions]
-        if reward_model:
-            rewards = reward_model.rewards(prompts, texts).view(len(part), -1).tolist()
-        for j, record in enumerate(part):
-            record.ends = record.ends or [-1 if eos is None else eos] * len(record.completions)
-            record.rewards = rewards[j] if reward_model else record.rewards
-            if record.rewards is None:
-                raise UserError(f"{record.where}: no rewards in it; --reward-model gives them")
-        try:
-            rollout = encode(ref_model, tokenizer, part)
-        except UserError as error:
-            raise UserError(f"{part[0].where}, or below: {error}") from error
+        rollout = encode(ref_model, tokenizer, part)
         logprobs = frozen_logprobs(ref_model, rollout, args.micro_batch_tokens).sum(1)  # [N]
         for record, values in zip(part, logprobs.view(len(part), -1).tolist(), strict=True):
             record.ref_logprobs = values
+        if reward_model:
+            rewards = reward_model.rewards(*flat(part)).view(len(part), -1).tolist()
+            for record, values in zip(part, rewards, strict=True):
+                record.rewards = values
+    if records[0].rewards is None:
+        raise UserError(f"{records[0].where}: no rewards in it; --reward-model gives them")
+    dead = sum(len(set(record.rewards)) == 1 for record in records) / len(records)
+    if dead > 0:
+        print(f"the rewards of {dead:.3f} of the prompts are all equal")
+    return records
 
 
 def evaluate(model, ref_model, tokenizer, reward_model, task, args) -> tuple[dict, list[dict]]:
@@ -399,9 +437,7 @@ def judge(reward_model, task, problems: list[int], prompts: list, texts: list[st
     return reward_model.rewards([p for p in prompts for _ in range(G)], texts).view(-1, G)
 
 
-# --------------------------------------------------------------------------------------------------
-# Reward models (section 6, eq. 26)
-# --------------------------------------------------------------------------------------------------
+# ---- Reward models (section 6, eq. 26) -----------------------------------------------------------
 
 
 class RewardModel:
@@ -432,31 +468,39 @@ class RewardModel:
                 f"--reward-model {name}: not a sequence classifier with one label: {reason:.300}"
             ) from error
 
-    def score(self, prompts: list[str], completions: list[str]) -> Tensor:
-        """The score of each completion of each prompt, [N], differentiable. Raises UserError."""
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise UserError("--reward-model reads text only, and the prompts have pictures")
+    def encode(self, prompts: list, completions: list[str]) -> list[list[int]]:
+        """The token ids of each completion after its prompt. Raises UserError."""
         tokenizer = self.tokenizer
+        if any(isinstance(prompt, dict) for prompt in prompts):
+            raise UserError("--reward-model reads text only, and the prompts have pictures")
         if tokenizer.chat_template:
             chats = [
-                [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+                [*as_messages(prompt), {"role": "assistant", "content": completion}]
                 for prompt, completion in zip(prompts, completions, strict=True)
             ]
             texts = tokenizer.apply_chat_template(chats, tokenize=False)
             rows = tokenizer(texts, add_special_tokens=False).input_ids
         else:
-            eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            answers = tokenizer(completions, add_special_tokens=False).input_ids
-            questions = tokenizer(prompts).input_ids  # with a BOS, if the tokenizer has one
-            rows = [q + a + eos for q, a in zip(questions, answers, strict=True)]
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise UserError("--reward-model needs a chat template for prompts of messages")
+            before, eos = tokens_before_a_text(tokenizer), tokenizer.eos_token_id
+            texts = [*prompts, *completions]
+            rows = tokenizer(texts, add_special_tokens=False).input_ids
+            pairs = zip(rows[: len(prompts)], rows[len(prompts) :], strict=True)
+            rows = [[*before, *q, *a, *([] if eos is None else [eos])] for q, a in pairs]
         check_token_ids(self.model, rows, completions, 0)
+        return rows
+
+    def score(self, prompts: list, completions: list[str]) -> Tensor:
+        """The score of each completion of each prompt, [N], differentiable. Raises UserError."""
+        rows = self.encode(prompts, completions)
         ids, mask = pad(rows, "right", self.model.device)  # [N, L]
         ids = ids.where(mask, self.model.config.pad_token_id)  # it reads the last other token
         with autocast(self.model.device):
             return self.model(ids, attention_mask=mask.long()).logits[:, 0].float()
 
     @torch.no_grad()
-    def rewards(self, prompts: list[str], completions: list[str]) -> Tensor:
+    def rewards(self, prompts: list, completions: list[str]) -> Tensor:
         """score [N] without gradient, 64 rows at a time."""
         chunks = [slice(i, i + 64) for i in range(0, len(prompts), 64)]
         return torch.cat([self.score(prompts[c], completions[c]) for c in chunks]).cpu()

@@ -25,6 +25,7 @@ import argparse
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from common import (
     Rollout,
@@ -48,11 +49,10 @@ from run import (
     positive_float,
     positive_int,
 )
-from tasks import UserError, get_prompts, get_rewards, make_task
+from tasks import UserError, get_prompts, get_rewards, make_tasks
+from tasks.prompts import leave_out_misfits
 
-# --------------------------------------------------------------------------------------------------
-# Arguments
-# --------------------------------------------------------------------------------------------------
+# ---- Arguments -----------------------------------------------------------------------------------
 
 # The paper trains 7B models with AdamW at 1e-6 (appendix B.1); the tiny model needs 100 times more.
 TINY = dict(lr=1e-4, schedule="cosine", steps=120, max_new_tokens=48, micro_batch_tokens=2048)
@@ -66,6 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model and task").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
     add("--task", default="add", help="add, gsm8k, ..., file.jsonl, module:Name-v0 (default: add)")
+    add("--eval-task", help="evaluate on its test problems; files are then used whole")
+    add("--system", help="text of a system turn before every prompt")
     add("--no-chat-template", action="store_true", help="feed the raw prompt to the model")
 
     add = parser.add_argument_group("Group Policy Gradient").add_argument
@@ -78,6 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling and optimisation").add_argument
     add("--max-new-tokens", type=positive_int, help="longest completion (default: 512; tiny: 48)")
+    add("--mask-truncated", action="store_true", help="truncated completions leave the loss")
     add("--temperature", type=positive_float, default=1.0, help="of the softmax (default: 1)")
     add("--steps", type=positive_int, help="training steps (default: 500; tiny: 120)")
     add("--lr", type=positive_float, help="peak learning rate (default: 1e-6; tiny: 1e-4)")
@@ -99,9 +102,7 @@ def defaults(args: argparse.Namespace) -> dict:
     return (TINY if args.model == "tiny" else REAL) | {"max_rounds": 4}
 
 
-# --------------------------------------------------------------------------------------------------
-# The equations
-# --------------------------------------------------------------------------------------------------
+# ---- The equations -------------------------------------------------------------------------------
 
 
 def is_valid(rewards: Tensor) -> Tensor:
@@ -153,21 +154,21 @@ def fill_batch(valid: Tensor, B: int) -> Tensor:
     return torch.cat([valid, dead[: max(0, B - len(valid))]])
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> Run:
     run = Run(args)
-    task, test_task = make_task(args.task), make_task(args.task, "test")
+    task, test_task = make_tasks(args.task, args.eval_task)
     model, tokenizer = load_model(
         run.weights or args.model,
         args.device,
         task,
         chat_template=not args.no_chat_template,
+        system=args.system,
         grad_checkpointing=args.grad_checkpointing,
     )
+    leave_out_misfits(model, tokenizer, args.max_new_tokens, task, test_task)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     torch.manual_seed(args.seed)
     run.begin(model, tokenizer, optimizer)
@@ -194,34 +195,32 @@ def train(args: argparse.Namespace) -> Run:
         # 2. Choose the groups of the update, and compute their alpha and their tokens.
         groups = fill_batch(valid, B)  # [max(B, n_valid)]
         alpha = 1.0 if args.no_alpha else gradient_scale(rewards[groups])
-        group_tokens = rollout.completion_mask.view(len(rewards), -1).sum(1).cpu()  # [rounds * B]
-        total_tokens = group_tokens[groups].sum().item()  # sum_i |o_i|, dead groups included
+        lengths = rollout.completion_mask.sum(1).cpu()  # |o_i|, [rounds * B * G]
+        if args.mask_truncated:  # as in DAPO; their rewards keep their part in the group's mean
+            lengths[rollout.truncated.cpu()] = 0
+        total_tokens = lengths.view(-1, G)[groups].sum().item()  # dead groups included
 
         # 3. One gradient step. Dead groups have no gradient, so they skip the model.
         loss = grad_norm = 0.0
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        if valid.any():
-            live = rollout.select(valid.repeat_interleave(G).to(model.device))  # n_valid * G rows
-            advantages = group_advantages(rewards[valid], args.f_norm)  # [n_valid, G]
-            advantages = advantages.flatten().to(model.device)  # [n_valid * G]
+        trains = valid.repeat_interleave(G) & (lengths > 0)  # [rounds * B * G]
+        if trains.any():
+            live = rollout.select(trains.to(model.device))  # n_valid * G rows, less the truncated
+            A = group_advantages(rewards, args.f_norm).flatten()[trains].to(model.device)
             for rows in micro_batches(live, args.micro_batch_tokens):
                 mb = live.select(rows)  # n rows
                 logprobs = completion_logprobs(model, mb, args.temperature)  # [n, T]
-                mb_loss = gpg_loss(
-                    logprobs, advantages[rows], mb.completion_mask, alpha, total_tokens
-                )
+                mb_loss = gpg_loss(logprobs, A[rows], mb.completion_mask, alpha, total_tokens)
                 mb_loss.backward()
                 loss += mb_loss.item()
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), args.clip_grad, error_if_nonfinite=True
-            ).item()
+            grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad, error_if_nonfinite=True)
             optimizer.step()
             optimizer.zero_grad()
         else:
             run.warn("all groups are dead (equal rewards): nothing to learn; step skipped")
 
         # 4. Log, evaluate, save.
-        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "alpha": alpha}
+        metrics = {"loss": loss, "grad_norm": float(grad_norm), "lr": lr, "alpha": alpha}
         metrics |= {"rounds": len(rollouts)} | rollout_metrics(rollout, rewards)
         run.log(step, metrics, rollout_samples(prompts, rollout, rewards))
         if step % args.eval_every == 0 or step == args.steps:

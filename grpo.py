@@ -27,6 +27,7 @@ import argparse
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from common import (
     Rollout,
@@ -50,11 +51,10 @@ from run import (
     positive_float,
     positive_int,
 )
-from tasks import UserError, get_prompts, get_rewards, make_task
+from tasks import UserError, get_prompts, get_rewards, make_tasks
+from tasks.prompts import leave_out_misfits
 
-# --------------------------------------------------------------------------------------------------
-# Arguments
-# --------------------------------------------------------------------------------------------------
+# ---- Arguments -----------------------------------------------------------------------------------
 
 # The paper trains a 7B model with AdamW at 1e-6; the tiny model needs 100 times more.
 TINY = dict(lr=1e-4, schedule="cosine", steps=120, max_new_tokens=48, micro_batch_tokens=2048)
@@ -77,13 +77,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model and task").add_argument
     add("--model", default="tiny", help="tiny, a Hugging Face directory or id (default: tiny)")
     add("--task", default="add", help="add, gsm8k, ..., file.jsonl, module:Name-v0 (default: add)")
+    add("--eval-task", help="evaluate on its test problems; files are then used whole")
+    add("--system", help="text of a system turn before every prompt")
     add("--no-chat-template", action="store_true", help="feed the raw prompt to the model")
 
     add = parser.add_argument_group("Group Relative Policy Optimization").add_argument
     add("--variant", choices=VARIANTS, default="grpo", help="preset for the flags below")
-    add(
-        "--prompts", type=positive_int, default=16, help="B per step (default: 16, as in the paper)"
-    )
+    add("--prompts", type=positive_int, default=16, help="B per step (default: 16; paper: 16)")
     add("--group-size", type=number(int, 2), default=8, help="G (default: 8; paper: 64)")
     add("--scale", choices=["std", "none"], help="of the advantages (default: std; dr_grpo: none)")
     add("--clip-low", type=positive_float, default=0.2, help="rho >= 1 - CLIP_LOW (default: 0.2)")
@@ -97,6 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling and optimisation").add_argument
     add("--max-new-tokens", type=positive_int, help="longest completion (default: 512; tiny: 48)")
+    add("--mask-truncated", action="store_true", help="truncated completions leave the loss")
     add("--temperature", type=positive_float, default=1.0, help="of the softmax (default: 1)")
     add("--steps", type=positive_int, help="training steps (default: 500; tiny: 120)")
     add("--lr", type=positive_float, help="peak learning rate (default: 1e-6; tiny: 1e-4)")
@@ -123,9 +124,7 @@ def defaults(args: argparse.Namespace) -> dict:
     return (TINY if args.model == "tiny" else REAL) | flags
 
 
-# --------------------------------------------------------------------------------------------------
-# The equations
-# --------------------------------------------------------------------------------------------------
+# ---- The equations -------------------------------------------------------------------------------
 
 
 def is_valid(rewards: Tensor) -> Tensor:
@@ -212,24 +211,24 @@ def minibatches(N: int, mu: int, n_minibatches: int) -> list[Tensor]:
     return [rows for _ in range(mu) for rows in torch.randperm(N).tensor_split(n_minibatches)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> Run:
     run = Run(args)
-    task, test_task = make_task(args.task), make_task(args.task, "test")
+    task, test_task = make_tasks(args.task, args.eval_task)
     model, tokenizer = load_model(
         run.weights or args.model,
         args.device,
         task,
         chat_template=not args.no_chat_template,
+        system=args.system,
         grad_checkpointing=args.grad_checkpointing,
     )
     ref_model = None
     if args.kl_beta > 0:  # the model before training, in a resumed run too
         ref_model = load_model(args.model, args.device, task)[0].requires_grad_(False)
+    leave_out_misfits(model, tokenizer, args.max_new_tokens, task, test_task)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     torch.manual_seed(args.seed)
     run.begin(model, tokenizer, optimizer)
@@ -238,7 +237,6 @@ def train(args: argparse.Namespace) -> Run:
         run.save()
 
     B, G = args.prompts, args.group_size
-    flags = {x: vars(args)[x] for x in ("clip_low", "clip_high", "kl_beta", "aggregate")}
     for step in run.steps(args.steps):
         # 1. Sample with the current policy; with dynamic sampling, until B groups are valid.
         prompts, rollouts, rewards = [], [], torch.zeros(0, G)
@@ -256,64 +254,65 @@ def train(args: argparse.Namespace) -> Run:
 
         # 2. Choose the groups of the updates, and compute their advantages and reference log-probs.
         groups = choose_groups(valid, B, args.dynamic_sampling)  # [at most B]
-        rows = (groups[:, None] * G + torch.arange(G)).flatten()  # [N]
-        batch = rollout.select(rows.to(model.device))  # N rows
-        advantages = group_advantages(rewards[groups], args.scale)  # [groups, G]
-        advantages = advantages.flatten().to(model.device)  # [N]
-        ref_logprobs = torch.zeros_like(batch.logprobs)  # [N, T]; not read if kl_beta = 0
-        if ref_model:
+        chosen = (groups[:, None] * G + torch.arange(G)).flatten()  # the rows of these groups, [N]
+        if args.mask_truncated:  # as in DAPO; their rewards keep their part in the group's mean
+            chosen = chosen[~rollout.truncated.cpu()[chosen]]
+        batch = rollout.select(chosen.to(model.device))  # N rows
+        A = group_advantages(rewards, args.scale).flatten()[chosen].to(model.device)  # [N]
+        if ref_model and len(chosen) > 0:
             tokens, temperature = args.micro_batch_tokens, args.temperature
             ref_logprobs = frozen_logprobs(ref_model, batch, tokens, temperature)  # [N, T]
 
         # 3. mu passes over the batch, one gradient step for each minibatch.
-        updates = []
+        losses, grad_norms, last_logprobs = [], [], batch.logprobs.clone()  # [N, T]
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        for index in minibatches(len(rows), args.updates_per_batch, args.minibatches):
-            index, mask = index.to(model.device), batch.completion_mask[index]
-            total = batch_total(mask, args.aggregate, args.max_new_tokens)  # dead rows included
+        for index in minibatches(len(chosen), args.updates_per_batch, args.minibatches):
+            index = index.to(model.device)  # of the rows in this update
+            mask = batch.completion_mask[index]  # dead rows included
+            total = batch_total(mask, args.aggregate, args.max_new_tokens)
             if args.kl_beta == 0:  # rows without an advantage have no gradient: they skip the model
-                index = index[advantages[index] != 0]
+                index = index[A[index] != 0]
             if len(index) == 0:
                 continue
-            live, A = batch.select(index), advantages[index]  # n rows, [n]
-            mask, old = live.completion_mask, live.logprobs  # [n, T]
-            ref = ref_logprobs[index, : mask.shape[1]]  # [n, T]
-            new, loss = torch.zeros_like(old), 0.0
-            for rows in micro_batches(live, args.micro_batch_tokens):
-                mb = live.select(rows)  # m rows
-                logprobs = completion_logprobs(model, mb, args.temperature)  # [m, T]
-                mb_mask, mb_ref = mb.completion_mask, ref[rows, : logprobs.shape[1]]  # [m, T]
+            loss = 0.0
+            for part in micro_batches(batch.select(index), args.micro_batch_tokens):
+                rows = index[part]
+                mb = batch.select(rows)  # n rows
+                logprobs = completion_logprobs(model, mb, args.temperature)  # [n, T]
+                T = logprobs.shape[1]
                 mb_loss = grpo_loss(
                     logprobs,
                     mb.logprobs,
                     A[rows],
-                    mb_mask,
-                    ref_logprobs=mb_ref,
-                    total=total,
-                    **flags,
+                    mb.completion_mask,
+                    args.clip_low,
+                    args.clip_high,
+                    ref_logprobs[rows, :T] if ref_model else None,
+                    args.kl_beta,
+                    args.aggregate,
+                    total,
                 )
                 mb_loss.backward()
                 loss += mb_loss.item()
-                new[rows, : logprobs.shape[1]] = logprobs.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), args.clip_grad, error_if_nonfinite=True
-            ).item()
+                last_logprobs[rows, :T] = logprobs.detach()
+            grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad, error_if_nonfinite=True)
             optimizer.step()
             optimizer.zero_grad()
-            ratio = (new - old).exp()  # [n, T]
-            clipped = is_clipped(ratio, A, args.clip_low, args.clip_high)  # [n, T]
-            metrics = {"loss": loss, "grad_norm": grad_norm}
+            losses.append(loss)
+            grad_norms.append(float(grad_norm))
+
+        # 4. Log, evaluate, save.
+        metrics = {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
+        if losses:
+            metrics["loss"] = sum(losses) / len(losses)
+            metrics["grad_norm"] = sum(grad_norms) / len(losses)
+            mask, ratio = batch.completion_mask, (last_logprobs - batch.logprobs).exp()  # [N, T]
+            clipped = is_clipped(ratio, A, args.clip_low, args.clip_high)  # [N, T]
             metrics["clip_share"] = clipped[mask].double().mean().item()
             metrics["ratio_min"] = ratio[mask].min().item()
             metrics["ratio_max"] = ratio[mask].max().item()
             if ref_model:
-                metrics["kl"] = kl_k3(new, ref)[mask].mean().item()
-            updates.append(metrics)
-
-        # 4. Log, evaluate, save.
-        metrics = {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
-        if updates:
-            metrics |= {x: sum(u[x] for u in updates) / len(updates) for x in updates[0]}
+                metrics["kl"] = kl_k3(last_logprobs, ref_logprobs)[mask].mean().item()
         else:
             run.warn("all groups are dead (equal rewards): nothing to learn; step skipped")
         metrics |= {"rounds": len(rollouts)} | rollout_metrics(rollout, rewards)

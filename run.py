@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -25,13 +25,8 @@ from tasks import UserError, first_problem
 
 try:
     import fcntl
-    import resource
-except ImportError:  # Windows: no lock, and no memory in the summary
-    fcntl = resource = None
-
-# --------------------------------------------------------------------------------------------------
-# Flags
-# --------------------------------------------------------------------------------------------------
+except ImportError:  # Windows: no lock
+    fcntl = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,17 +55,15 @@ positive_int, positive_float, fraction = number(int, 1), number(float, 1e-12), n
 
 
 def add_run_flags(parser: Parser, eval_samples: int = 4) -> None:
-    """The flags of the run itself."""
     add = parser.add_argument_group("run").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    first = "index of the first one, to tune on one part and report on another (default: 0)"
     samples = f"completions of each held-out problem (default: {eval_samples})"
     add("--out", help="directory of the run, new or empty (default: runs/<script>, -2, -3, ...)")
     add("--resume", metavar="DIR", help="continue the run in DIR; --steps and --device may change")
     add("--save-every", type=positive_int, default=20, help="steps per checkpoint (default: 20)")
     add("--eval-every", type=positive_int, help="steps between evaluations (default: a tenth)")
     add("--eval-problems", type=positive_int, default=200, help="held-out problems (default: 200)")
-    add("--eval-first", type=number(int, 0), default=0, help=first)
+    add("--eval-first", type=number(int, 0), default=0, help="index of the first (default: 0)")
     add("--eval-samples", type=positive_int, default=eval_samples, help=samples)
     add("--device", default=device, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of data and sampling (default: 0)")
@@ -119,46 +112,42 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-# --------------------------------------------------------------------------------------------------
-# The directory
-# --------------------------------------------------------------------------------------------------
-
-
 class Run:
     """A directory with config.json, metrics.csv, samples.jsonl, curves.png and checkpoint/."""
 
     def __init__(self, args: argparse.Namespace):
         """Lock the directory, write nothing yet. Raises UserError if it is in use or not empty."""
-        self.args, self.dir = args, Path(args.out)
+        self.args, self.dir, self.checkpoint = args, Path(args.out), Path(args.out) / "checkpoint"
         self.step, self.problem = 0, first_problem(args.seed)
         self.rows, self.warned, self.stopping = [], set(), False
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.unlock = lambda: None
         if fcntl:
             directory = os.open(self.dir, os.O_RDONLY)
-            self.unlock = weakref.finalize(self, os.close, directory)  # or when it is forgotten
+            self.unlock = weakref.finalize(self, os.close, directory)
             try:
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"{self.dir}: another process is training there") from error
-            except OSError as error:  # NFS, for example
-                print(f"{self.dir}: not locked ({error.strerror}): start no second run in it")
+            except OSError:
+                pass  # a file system without locks, such as NFS
         if not args.resume and any(self.dir.iterdir()):
             raise UserError(f"--out {self.dir} is not empty; name another, or --resume {self.dir}")
-        self.checkpoint, old = self.dir / "checkpoint", self.dir / "checkpoint.old"
+        old = self.dir / "checkpoint.old"
         if old.exists() and not self.checkpoint.exists():
             old.rename(self.checkpoint)  # killed between the two renames of `save`
         self.resumed = self.checkpoint.exists()  # if not, it was killed before its first checkpoint
-        metrics = self.dir / "metrics.csv"
-        if not self.resumed and metrics.exists() and len(metrics.read_text().splitlines()) > 2:
-            raise UserError(f"{self.checkpoint} is gone; start another run with --out")
         self.weights = str(self.checkpoint) if self.resumed else None
+        metrics = self.dir / "metrics.csv"
+        if not self.resumed and metrics.exists() and metrics.read_text().count("\n") > 2:
+            raise UserError(f"{self.checkpoint} is gone; start another run with --out")
 
     def begin(self, model, tokenizer, optimizer) -> None:
-        """A resumed run restores the optimizer, the random states and the metrics."""
+        """Keep what `save` saves. A resumed run restores optimizer, random states and metrics."""
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.args.eval_every = self.args.eval_every or math.ceil(self.args.steps / 10)
-        self.start = time.perf_counter()
+        self.start, paths = time.perf_counter(), [self.args.task, self.args.eval_task]
+        paths = [Path(x) for x in paths if str(x).endswith(".jsonl")] + [self.dir / "data.jsonl"]
+        self.data = [hashlib.sha256(x.read_bytes()).hexdigest() for x in paths if x.exists()]
         if not self.resumed:
             return
         try:
@@ -167,15 +156,16 @@ class Run:
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
             torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
-            samples, lines = self.dir / "samples.jsonl", []
-            if samples.exists():  # drop what is later than the checkpoint
-                lines = samples.read_text(encoding="utf-8").split("\n")[:-1]
-                lines = [line for line in lines if json.loads(line)["step"] <= self.step]
+            samples = (self.dir / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+            changed = self.data != saved["data"]
+            kept = [line for line in samples if json.loads(line)["step"] <= self.step]
         except Exception as error:  # many ways to be damaged, one line
-            raise UserError(f"{self.checkpoint} is damaged ({error!r:.200})") from error
+            raise UserError(f"{self.dir} is damaged ({error!r:.200})") from error
+        if changed:
+            raise UserError(f"{self.dir}: its data have changed since it was begun")
         if self.step >= self.args.steps:
             raise UserError(f"{self.dir}: step {self.step} is done; --steps must be higher")
-        write(samples, "".join(f"{line}\n" for line in lines))
+        write(self.dir / "samples.jsonl", "".join(f"{line}\n" for line in kept))
         self.write_config()
 
     def write_config(self) -> None:
@@ -216,28 +206,26 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float], samples: list[dict] = ()) -> None:
         """Add metrics to the step's row of metrics.csv, and completions to samples.jsonl."""
-        if step > self.step or not self.rows:
-            self.rows.append({"step": step, "seconds": time.perf_counter() - self.start})
-        row = self.rows[-1]
-        row |= metrics
         if metrics.get("truncated_share", 0) > 0.1:
             self.warn("more than a tenth of the completions end at --max-new-tokens: raise it")
+        if step > self.step or not self.rows:
+            self.rows.append({"step": step, "seconds": time.perf_counter() - self.start})
         if step == 0:
             self.write_config()
-        self.step = step
+        self.step, row = step, self.rows[-1]
+        row |= metrics
         if "tokens" in metrics:
             row["tokens_per_second"] = row["tokens"] / row["seconds"]
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        names = sorted(names, key=lambda name: name.startswith("eval_"))  # evaluations come last
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
         table = [names, *([f"{r[x]:.6g}" if x in r else "" for x in names] for r in self.rows)]
-        text = "\n".join(",".join(cells) for cells in table)
-        (self.dir / "metrics.csv").write_text(f"{text}\n", encoding="utf-8")
-        with (self.dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+        write(self.dir / "metrics.csv", "".join(",".join(cells) + "\n" for cells in table))
+        mode = "a" if step > 0 else "w"  # it may have been killed before its first checkpoint
+        with (self.dir / "samples.jsonl").open(mode, encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": step} | sample, ensure_ascii=False) + "\n")
         if any(name.startswith("eval_") for name in metrics):
             tqdm.write(f"step {step}: {describe(metrics)}", file=sys.stderr)
-        elif step > 0:
+        else:
             shown = ("reward_mean", "valid_share", "alpha", "loss", "tokens_per_second")
             self.bar.set_postfix({x: row[x] for x in shown if x in row}, refresh=False)
 
@@ -248,17 +236,22 @@ class Run:
         between the two renames, `checkpoint.old`. Raises UserError if it cannot be written.
         """
         new, old = self.dir / "checkpoint.new", self.dir / "checkpoint.old"
-        state = {"step": self.step, "problem": self.problem, "rows": self.rows}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state = {
+            "step": self.step,
+            "problem": self.problem,
+            "rows": self.rows,
+            "data": self.data,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
+        }
         try:
             shutil.rmtree(new, ignore_errors=True)
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             if hasattr(self.tokenizer, "image_processor"):
                 self.tokenizer.image_processor.save_pretrained(new)
-            torch.save(
-                state | {"optimizer": self.optimizer.state_dict()}, new / "training_state.pt"
-            )
+            torch.save(state, new / "training_state.pt")
             if self.checkpoint.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 self.checkpoint.rename(old)
@@ -270,27 +263,22 @@ class Run:
     def finish(self) -> None:
         """Print the summary, draw the curves, release the directory."""
         first, *_, last = [row for row in self.rows if any(x.startswith("eval_") for x in row)] * 2
+        peak = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
+        memory = f", {peak:.2f} GiB of GPU memory" if peak else ""
         print(f"\n{self.args.script}: {self.step} of {self.args.steps} steps")
         print(f"  before   {describe(first)}")
         print(f"  after    {describe(last)}   (step {last['step']})")
-        print(f"  took     {sum(row['seconds'] for row in self.rows[1:]):.0f} s{peak_memory()}")
+        print(f"  took     {sum(row['seconds'] for row in self.rows[1:]):.0f} s{memory}")
         print(f"  look at  {self.dir}/curves.png, and read {self.dir}/samples.jsonl")
         print(f"  model    {self.checkpoint}, a Hugging Face directory")
         if self.step < self.args.steps:
             print(f"  go on    python {self.args.script} --resume {shlex.quote(self.args.out)}")
         try:
-            draw_curves([self.dir], self.dir / "curves.png")
+            draw_curves({self.args.out: self.rows}, self.dir / "curves.png")
         except Exception as error:  # no matplotlib, for example
             print(f"  no curves.png: {error!r:.200}")
-        self.unlock()
-
-
-def peak_memory() -> str:
-    peak = torch.cuda.max_memory_allocated()  # 0 without a GPU
-    if resource and not peak:
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f", {peak / 2**30:.2f} GiB at the peak" if peak else ""
+        if fcntl:
+            self.unlock()
 
 
 def write(path: Path, text: str) -> None:
@@ -304,33 +292,31 @@ def describe(metrics: dict[str, float]) -> str:
     """An evaluation as one line: every metric, with its standard error if there is one."""
     parts = []
     for name, value in metrics.items():
-        if name.startswith("eval_") and name.endswith("_stderr"):
+        if name.endswith("_stderr"):
             parts[-1] += f" ± {value:.3f}"
         elif name.startswith("eval_"):
             parts.append(f"{name.removeprefix('eval_')} {value:.3f}")
     return "   ".join(parts)
 
 
-def draw_curves(runs: list[Path], path: Path) -> None:
-    """Every column of the runs' metrics.csv against the step."""
+def draw_curves(runs: dict[str, list[dict]], path: Path) -> None:
+    """Every metric in the rows of each run against the step."""
     os.environ.pop("MPLBACKEND", None)  # a notebook's backend need not exist here
     from matplotlib.figure import Figure  # slow to import
 
-    tables = [np.genfromtxt(run / "metrics.csv", delimiter=",", names=True) for run in runs]
-    names = dict.fromkeys(name for table in tables for name in table.dtype.names)
+    names = dict.fromkeys(name for rows in runs.values() for row in rows for name in row)
     names = [name for name in names if name != "step" and not name.endswith("_stderr")]
-    figure = Figure(figsize=(12, 0.55 * len(names) + 1), layout="constrained")
-    axes = figure.subplots(math.ceil(len(names) / 4), 4, squeeze=False)
-    for axis in axes.flat[len(names) :]:
-        axis.remove()
-    for axis, name in zip(axes.flat, names, strict=False):
+    height = math.ceil(len(names) / 4)
+    figure = Figure(figsize=(12, 2.2 * height + 1), layout="constrained")
+    for place, name in enumerate(names, 1):
+        axis = figure.add_subplot(height, 4, place)
         axis.set_title(name, fontsize=9)
-        for run, table in zip(runs, tables, strict=True):
-            y = table[name] if name in table.dtype.names else np.full(table.size, np.nan)
-            known = np.isfinite(y)
-            axis.plot(table["step"][known], y[known], ".-", lw=1, ms=2, label=str(run))
+        for label, rows in runs.items():
+            rows = [row for row in rows if name in row]
+            x, y = [row["step"] for row in rows], [row[name] for row in rows]
+            axis.plot(x, y, ".-", lw=1, ms=2, label=label)
     if len(runs) > 1:
-        figure.legend(handles=axes.flat[0].lines, loc="outside upper center")
+        figure.legend(handles=axis.lines, loc="outside upper center")
     figure.savefig(path, dpi=80)
 
 
@@ -339,22 +325,17 @@ def plain_errors(script: str) -> Iterator[None]:
     """Errors that the user can mend become one line on stderr and an exit status."""
     try:
         yield
+        return
     except (UserError, OSError) as error:  # OSError: a full disk, a directory without permission
-        sys.exit(report(script, error, 2))
+        message, status = error, 2
     except KeyboardInterrupt:
-        sys.exit(report(script, "stopped; --resume goes on from the last checkpoint", 130))
+        message, status = "stopped; --resume goes on from the last checkpoint", 130
     except (RuntimeError, MemoryError) as error:
         if "non-finite" in str(error):  # of `sample`, or of clip_grad_norm_
-            sys.exit(
-                report(
-                    script, "the logits or the gradient are non-finite: a lower --lr may help", 1
-                )
-            )
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error):
-            sys.exit(report(script, "out of memory: lower --micro-batch-tokens or --prompts", 2))
-        raise
-
-
-def report(script: str, message, status: int) -> int:
+            message, status = "the logits or the gradient are non-finite: a lower --lr may help", 1
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error):
+            message, status = "out of memory: lower --micro-batch-tokens or --prompts", 2
+        else:
+            raise
     print(f"{script}: {message}", file=sys.stderr)
-    return status
+    sys.exit(status)

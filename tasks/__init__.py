@@ -8,7 +8,7 @@ import gymnasium
 from .addition import Addition
 from .base import TextTask, UserError, cache_dir, first_problem
 from .count import Count
-from .episodes import get_prompts, get_rewards, held_out, make_task
+from .episodes import get_prompts, get_rewards, held_out, make_task, make_tasks
 from .jsonl import GSM8K, JSONLines
 from .posts import Posts
 from .verifier import extract_answer, is_correct
@@ -17,7 +17,7 @@ from .words import ExactWords
 __all__ = [
     "GSM8K", "Addition", "Count", "ExactWords", "JSONLines", "Posts", "TextTask", "UserError",
     "cache_dir", "extract_answer", "first_problem", "get_prompts", "get_rewards", "held_out",
-    "is_correct", "make_task",
+    "is_correct", "make_task", "make_tasks",
 ]  # fmt: skip
 
 gymnasium.register("add", Addition)

@@ -42,6 +42,16 @@ class AnyText(gymnasium.spaces.Text):
         return isinstance(x, str)
 
 
+class AnyMessages(gymnasium.spaces.Sequence):
+    """Chat messages: a list of {"role": text, "content": text}."""
+
+    def __init__(self):
+        super().__init__(gymnasium.spaces.Dict(role=AnyText(), content=AnyText()))
+
+    def contains(self, x) -> bool:
+        return isinstance(x, list) and super().contains(tuple(x))
+
+
 class AnyImage(gymnasium.spaces.Box):
     """Images of any size: uint8 [H, W, 3]. sample() gives a small one."""
 
@@ -55,9 +65,10 @@ class AnyImage(gymnasium.spaces.Box):
 class TextTask(gymnasium.Env):
     """A one-step episode: observe a prompt, act with a completion, receive a reward, terminate.
 
-    Subclasses define `problem` and `reward`. The tiny model also needs `demonstration(index)`, a
-    completion of problem `index` to imitate; it may be wrong. A prompt is a string, or with an
-    image {"image": uint8 [H, W, 3], "text": string}.
+    Subclasses define `problem` and `reward` or `rewards`. The tiny model also needs
+    `demonstration(index)`, a completion of problem `index` to imitate; it may be wrong. A prompt is
+    a string, a list of chat messages {"role", "content"}, or {"image": uint8 [H, W, 3], "text":
+    string}.
     """
 
     size: int | None = None  # number of problems; None: endless
@@ -67,7 +78,7 @@ class TextTask(gymnasium.Env):
         self.split = split  # "train" or "test"
         self.observation_space, self.action_space = AnyText(), AnyText()
 
-    def problem(self, index: int) -> tuple[str | dict, str]:
+    def problem(self, index: int) -> tuple[str | list | dict, str]:
         """Problem `index` as (prompt, answer). The same index gives the same problem.
 
         The test counts from 0, to at most `size`. Training counts on from `first_problem(seed)`:
@@ -77,7 +88,12 @@ class TextTask(gymnasium.Env):
 
     def reward(self, completion: str, answer: str) -> float:
         """The reward of a completion. Above 0 counts as solved."""
-        raise NotImplementedError
+        return self.rewards([completion], answer)[0]
+
+    def rewards(self, completions: list[str], answer: str) -> list[float]:
+        """The rewards of a group of completions, for a task that judges them together, with a model
+        for example. It may be defined in place of `reward`."""
+        return [self.reward(completion, answer) for completion in completions]
 
     def reset(self, *, seed=None, options=None):
         """reset(seed=i) gives problem i; without a seed, a random one."""

@@ -19,19 +19,20 @@ from gymnasium.envs.registration import load_env_creator
 from torch import Tensor
 from tqdm import tqdm
 
-from .base import UserError
+from .base import TextTask, UserError
 from .jsonl import JSONLines
 
 
-def make_task(name: str, split: str = "train") -> gymnasium.Env:
-    """A task for the split "train" or "test". Raises UserError for a name that is no task.
+def make_task(name: str, split: str = "train", whole: bool = False) -> gymnasium.Env:
+    """A task for the split "train" or "test"; whole=True gives all of a file to this split. Raises
+    UserError for a name that is no task.
 
     `name` is an id of this folder ("add", "gsm8k", "posts"), a file ("problems.jsonl"), or any
     Gymnasium environment whose actions and observations are text, with its module
     ("my_tasks:Haiku-v0").
     """
     if name.endswith(".jsonl"):
-        return JSONLines(Path(name), split)
+        return JSONLines(Path(name), split, whole)
     unknown = f"--task {name}: not a task such as add or gsm8k, a .jsonl file or module:Name-v0"
     module, colon, env_id = name.rpartition(":")
     if module.startswith(".") or name.startswith(":"):  # ./my_tasks:Haiku-v0
@@ -52,6 +53,13 @@ def make_task(name: str, split: str = "train") -> gymnasium.Env:
             return gymnasium.make(spec, disable_env_checker=True, split=split)
         env = gymnasium.make(spec, disable_env_checker=True)
         return env if split == "train" else HeldOutSeeds(env)
+
+
+def make_tasks(name: str, eval_name: str | None) -> tuple[gymnasium.Env, gymnasium.Env]:
+    """The training task, and the test of the same or of another task: then nothing is held out of
+    the files of either."""
+    whole = eval_name is not None
+    return make_task(name, "train", whole), make_task(eval_name or name, "test", whole)
 
 
 def takes_split(constructor: Callable) -> bool:
@@ -90,16 +98,18 @@ def is_text(x) -> bool:
 
 
 def get_prompts(task: gymnasium.Env, problems: list[int]) -> list:
-    """The prompts of these problems: what reset(seed=i) returns, a text or {"image", "text"}.
-
-    Raises UserError if there is no text.
-    """
+    """The prompts of these problems: what reset(seed=i) returns, a text, a list of messages or
+    {"image", "text"}. Raises UserError if there is no text."""
     prompts = []
     for index in problems:
         with task_code(f"at problem {index}"):
             prompt, _ = task.reset(seed=index)
         text = prompt.get("text") if isinstance(prompt, dict) and "image" in prompt else prompt
-        if not is_text(text) or not text:
+        is_messages = isinstance(text, list) and all(
+            isinstance(x, dict) and is_text(x.get("role")) and is_text(x.get("content"))
+            for x in text
+        )
+        if not (is_messages or is_text(text)) or not text:
             raise UserError(
                 f"problem {index} of the task has the prompt {prompt!r:.60}: not a text"
             )
@@ -113,41 +123,57 @@ def get_rewards(
     """B problems and B * G completions -> rewards [B, G] and solved [B, G], one episode each.
 
     A completion has solved its problem if info["solved"] says so; without that, if its reward is
-    above 0. Raises UserError if a problem changes its prompt, if an episode does not end after one
-    step, and for a reward that is not a finite float32.
+    above 0. A TextTask that defines `rewards` is asked once for each group instead. Raises
+    UserError if a problem changes its prompt, if an episode does not end after one step, and for a
+    reward that is not a finite float32.
     """
     G = len(completions) // len(problems)
+    together = getattr(type(task.unwrapped), "rewards", TextTask.rewards) is not TextTask.rewards
     prompts, rewards, solved = {}, [], []
-    for row, completion in enumerate(completions):
-        index = problems[row // G]
-        problem = f"problem {index} of the task"
-        (prompt,) = get_prompts(task, [index])
-        if not same_prompt(prompt, prompts.setdefault(index, prompt)):
-            raise UserError(f"{problem} has another prompt after another reset(seed={index})")
-        with task_code(f"at problem {index}, completion {completion!r:.200}"):
-            _, reward, terminated, _, info = task.step(completion)
-        value = as_number(reward)
-        if not math.isfinite(value):
-            raise UserError(
-                f"{problem} has the reward {reward!r:.60} for {completion!r:.60}: "
-                "not a finite number"
-            )
-        if as_number(terminated) != 1:
-            raise UserError(f"{problem} does not terminate after one step")
-        if not isinstance(info, dict):
-            raise UserError(f"{problem} has the info {info!r:.60}: not a dict")
-        is_solved = info.get("solved", value > 0)
-        if as_number(is_solved) not in (0, 1):
-            raise UserError(f"{problem} has the info 'solved': {is_solved!r:.60}, not a bool")
-        rewards.append(value)
-        solved.append(bool(is_solved))
+    for i, index in enumerate(problems):
+        group, problem = completions[i * G : (i + 1) * G], f"problem {index} of the task"
+        if together:
+            get_prompts(task, [index])  # it resets the task
+            with task_code(f"at problem {index}, completions {group!r:.200}"):
+                outcomes = [(r, {}) for r in task.unwrapped.rewards(group, task.unwrapped.answer)]
+            if len(outcomes) != G:
+                raise UserError(f"{problem} has {len(outcomes)} rewards for {G} completions")
+        else:
+            outcomes = [episode(task, index, completion, prompts) for completion in group]
+        for completion, (reward, info) in zip(group, outcomes, strict=True):
+            value = as_number(reward)
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{problem} has the reward {reward!r:.60} for {completion!r:.60}: "
+                    "not a finite number"
+                )
+            is_solved = info.get("solved", value > 0)
+            if as_number(is_solved) not in (0, 1):
+                raise UserError(f"{problem} has the info 'solved': {is_solved!r:.60}, not a bool")
+            rewards.append(value)
+            solved.append(bool(is_solved))
     return torch.tensor(rewards).view(-1, G), torch.tensor(solved).view(-1, G)
+
+
+def episode(task: gymnasium.Env, index: int, completion: str, prompts: dict) -> tuple:
+    """One episode -> its reward and info. prompts: of the problems so far."""
+    problem = f"problem {index} of the task"
+    (prompt,) = get_prompts(task, [index])
+    if not same_prompt(prompt, prompts.setdefault(index, prompt)):
+        raise UserError(f"{problem} has another prompt after another reset(seed={index})")
+    with task_code(f"at problem {index}, completion {completion!r:.200}"):
+        _, reward, terminated, _, info = task.step(completion)
+    if as_number(terminated) != 1:
+        raise UserError(f"{problem} does not terminate after one step")
+    if not isinstance(info, dict):
+        raise UserError(f"{problem} has the info {info!r:.60}: not a dict")
+    return reward, info
 
 
 def same_prompt(a: str | dict, b: str | dict) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a["text"] == b["text"] and np.array_equal(a["image"], b["image"])
-    return isinstance(a, str) and a == b
+    return type(a) is type(b) and a == b
 
 
 def as_number(x) -> float:

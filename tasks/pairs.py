@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .base import TextTask, UserError
-from .jsonl import held_out_mask, json_lines, with_image
+from .jsonl import held_out_mask, json_lines, read_messages, read_prompt
 from .pictures import data_uri
 
-LARGEST_FLOAT32 = 3.4028234e38
+LARGEST = 1e15  # a number whose square is far from the largest float32
 
 
 @dataclass
 class Record:
     """A prompt with G completions of it."""
 
-    prompt: str | dict
+    prompt: str | list | dict
     completions: list[str]
     rewards: list[float] | None = None  # G
     ends: list[int] | None = None  # G, the EOS of each completion, -1 if it was truncated
@@ -31,28 +31,33 @@ def read_records(path: str | Path) -> list[Record]:
     """A JSONL file of {"prompt", "completions": [G texts], "rewards": [G numbers]}, the rewards
     optional, or of {"prompt", "chosen", "rejected"}. Raises UserError with the number of the line.
 
+    Prompts are those of tasks/jsonl.py. A completion may be a text or a conversation: its last turn
+    is the completion, and the turns before it are the prompt, which needs no field of its own then.
     A preference becomes R = 1/4 and -1/4, with which CoPG is IPO (property 3). Every tenth prompt
     is held out. `write_records` adds the fields `ends`, `ref_logprobs` and `held_out`.
     """
-    records = []
+    records, kinds = [], set()
     for where, line in json_lines(path):
-        prompt, completions, rewards = (line.get(x) for x in ("prompt", "completions", "rewards"))
+        completions, rewards = line.get("completions"), line.get("rewards")
+        kinds.add(line.get("chosen") is not None)
         if line.get("chosen") is not None:
             if completions is not None or rewards is not None:
                 raise UserError(f"{where}: either 'chosen' and 'rejected', or 'completions'")
             completions, rewards = [line["chosen"], line.get("rejected")], [0.25, -0.25]
-        if not isinstance(prompt, str) or not prompt:
-            raise UserError(f"{where}: needs a text under 'prompt'")
+        if len(kinds) == 2:
+            raise UserError(f"{where}: preferences and scored completions in one file")
         if not isinstance(completions, list) or len(completions) < 2:
             raise UserError(f"{where}: needs two completions or more, or 'chosen' and 'rejected'")
-        if not all(isinstance(text, str) for text in completions):
-            raise UserError(f"{where}: a completion is not a text")
+        context, completions = split_conversations(completions, line.get("prompt"), where)
+        ends = numbers(line.get("ends"), "ends", completions, where)
+        if ends and not all(type(end) is int and end >= -1 for end in ends):
+            raise UserError(f"{where}: needs token ids, or -1, in 'ends'")
         records.append(
             Record(
-                prompt=with_image(line, prompt, path, where),
+                prompt=read_prompt(line | context, path, where),
                 completions=completions,
                 rewards=numbers(rewards, "rewards", completions, where),
-                ends=numbers(line.get("ends"), "ends", completions, where),
+                ends=ends,
                 ref_logprobs=numbers(line.get("ref_logprobs"), "ref_logprobs", completions, where),
                 held_out=line.get("held_out"),
                 where=where,
@@ -73,6 +78,25 @@ def read_records(path: str | Path) -> list[Record]:
     return records
 
 
+def split_conversations(completions: list, prompt, where: str) -> tuple[dict, list[str]]:
+    """Completions that may be conversations -> ({"prompt": the turns before their last one} or {},
+    the texts). A prompt beside them must be what they begin with, or one of its turns."""
+    if all(isinstance(text, str) for text in completions):
+        return {}, completions
+    if not all(isinstance(turns, list) for turns in completions):
+        raise UserError(f"{where}: a completion is neither a text nor a list of messages")
+    conversations = [read_messages(turns, where) for turns in completions]
+    if any(turns[-1]["role"] != "assistant" for turns in conversations):
+        raise UserError(f"{where}: a completion does not end with a turn of the assistant")
+    context = conversations[0][:-1]
+    if context and prompt not in (None, context, *(turn["content"] for turn in context)):
+        raise UserError(f"{where}: its conversations do not begin with its prompt")
+    if any(turns[:-1] != context for turns in conversations):
+        raise UserError(f"{where}: its completions do not answer the same prompt")
+    texts = [turns[-1]["content"] for turns in conversations]
+    return {"prompt": context} if context else {}, texts
+
+
 def numbers(values, name: str, completions: list, where: str) -> list[float] | None:
     """`values`, checked: one finite number for each completion."""
     if values is None:
@@ -80,8 +104,8 @@ def numbers(values, name: str, completions: list, where: str) -> list[float] | N
     numeric = isinstance(values, list) and all(type(x) in (int, float) for x in values)
     if not numeric or len(values) != len(completions):
         raise UserError(f"{where}: needs a number for each completion in {name!r}")
-    if not all(math.isfinite(x) and abs(x) <= LARGEST_FLOAT32 for x in values):
-        raise UserError(f"{where}: needs finite numbers in {name!r}")
+    if not all(math.isfinite(x) and abs(x) <= LARGEST for x in values):
+        raise UserError(f"{where}: needs numbers of at most {LARGEST:g} in {name!r}")
     return values
 
 
@@ -102,8 +126,8 @@ class HeldOutPrompts(TextTask):
 
     def __init__(self, records: list[Record]):
         super().__init__("test")
-        self.prompts = [record.prompt for record in records if record.held_out]
-        self.size = len(self.prompts)
+        self.records = [record for record in records if record.held_out]
+        self.size = len(self.records)
 
     def problem(self, index):
-        return self.prompts[index], ""
+        return self.records[index].prompt, ""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
@@ -28,15 +28,19 @@ DATA_URI = "data:image/png;base64,"
 
 
 def read_image(source: str, where: str) -> np.ndarray:
-    """A picture file or a data URI -> uint8 [H, W, 3].
-
-    Raises UserError, naming `where`, if the file is missing, truncated or not an image.
-    """
+    """A picture file or a data URI -> uint8 [H, W, 3], as a viewer shows it: turned as its EXIF
+    data say, transparent parts white. Raises UserError, naming `where`, if it cannot be read."""
     try:
         file = Path(source)
         if source.startswith(DATA_URI):
             file = io.BytesIO(base64.b64decode(source.removeprefix(DATA_URI), validate=True))
         with Image.open(file) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"mode {image.mode}: save it with 8 bits per channel")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: its picture cannot be read ({error!s:.200})") from error
@@ -76,12 +80,10 @@ def read_pictures(tokenizer, prompts: list) -> list[dict[str, Tensor] | None]:
     """Each prompt's picture as the model's inputs, None for a prompt without one.
 
     pixel_values [patches, features] and image_grid_thw [1, 3], the patches in time, height and
-    width. A prompt that is repeated is read once. Raises UserError if the model reads text only or
+    width. Raises UserError if the model reads text only or
     cannot take the picture.
     """
-    with_picture = {id(prompt): prompt for prompt in prompts if isinstance(prompt, dict)}
-    inputs = {key: picture_inputs(tokenizer, prompt) for key, prompt in with_picture.items()}
-    return [inputs.get(id(prompt)) for prompt in prompts]
+    return [picture_inputs(tokenizer, p) if isinstance(p, dict) else None for p in prompts]
 
 
 def picture_inputs(tokenizer, prompt: dict) -> dict[str, Tensor]:

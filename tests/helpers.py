@@ -98,7 +98,7 @@ def run_script(script, tmp_path, monkeypatch, model_dir, task: TextTask, *flags)
 
     Gives the run and the rows of its metrics.csv, without that of step 0.
     """
-    monkeypatch.setattr(script, "make_task", lambda name, split="train": task)
+    monkeypatch.setattr(script, "make_tasks", lambda name, eval_name: (task, task))
     monkeypatch.setattr("run.draw_curves", lambda *_: None)  # slow
     small = ["--max-new-tokens", 8, "--steps", 3, "--prompts", 4]
     small += ["--eval-problems", 4, "--eval-samples", 2]

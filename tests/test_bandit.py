@@ -1,6 +1,8 @@
 """CoPG's theorems as numbers, on bandits where everything can be enumerated."""
 
 import csv
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import bandit_toy as bandit
-from bandit_toy import LOSSES, expected_gradient, limit, objective, optimal_policy, regret, tensor
-from common import UserError
+from bandit_toy import LOSSES, expected_gradient, f64, limit, objective, optimal_policy, regret
+from tasks import UserError
 
 UNIFORM = (1 / 3,) * 3
 PI_STAR = (0.705385, 0.259496, 0.035119)
@@ -17,8 +19,8 @@ PI_STAR = (0.705385, 0.259496, 0.035119)
 
 def random_problem(seed):
     rng = np.random.default_rng(seed)
-    ref, mu1, mu2 = rng.dirichlet((3, 3, 3), size=3)
-    return {"rewards": rng.normal(size=3), "ref": ref, "mu1": mu1, "mu2": mu2, "beta": 0.4}
+    ref, *mu = rng.dirichlet((3, 3, 3), size=3)
+    return {"rewards": rng.normal(size=3), "ref": ref, "mu": mu, "beta": 0.4}
 
 
 def exact(problem):
@@ -31,7 +33,7 @@ def exact(problem):
 def test_exact_values_of_the_paper():
     """pi*, J and the regret of the paper's bandit, also where a policy never pulls an arm."""
     best = optimal_policy()
-    torch.testing.assert_close(best, tensor(PI_STAR), atol=1e-6, rtol=0)
+    torch.testing.assert_close(best, f64(PI_STAR), atol=1e-6, rtol=0)
     assert float(objective(best)) == pytest.approx(2.125200, abs=1e-6)
     assert float(objective(UNIFORM)) == pytest.approx(1.833333, abs=1e-6)
     assert float(regret(UNIFORM)) == pytest.approx(0.291867, abs=1e-6)
@@ -44,11 +46,12 @@ def test_regularised_reward_objective_and_the_optimum(seed):
     """Eq. 1, 2 and 29: J is the mean of R_beta, and no policy has a higher one than pi*."""
     problem = random_problem(seed)
     arguments = problem["rewards"], problem["ref"], problem["beta"]
-    policies = tensor(np.random.default_rng(seed).dirichlet((1, 1, 1), size=200))
-    reward, ref = tensor(problem["rewards"]), tensor(problem["ref"])
+    policies = f64(np.random.default_rng(seed).dirichlet((1, 1, 1), size=200))
+    reward, ref = f64(problem["rewards"]), f64(problem["ref"])
     r_beta = reward - 0.4 * (policies.log() - ref.log())  # eq. 1
-    ours = bandit.Pairs(policies.log(), *([torch.zeros(200, 1).long()] * 2), None, *arguments)
-    torch.testing.assert_close(ours.regularised, r_beta)
+    arms = torch.arange(3).expand(200, 3)
+    ours = bandit.PairBatch(policies.log(), arms, arms, arms == 0, *arguments)
+    torch.testing.assert_close(ours.rb, r_beta)
     torch.testing.assert_close(objective(policies, *arguments), (policies * r_beta).sum(1))
     assert (regret(policies, *arguments) > 0).all()
     assert float(objective(exact(problem), *arguments)) == pytest.approx(
@@ -68,7 +71,7 @@ def test_regularised_reward_objective_and_the_optimum(seed):
 def test_limits(method, policy, value):
     """Where gradient descent on each expected loss ends, and the regret there."""
     found = limit(method, 5000 if method == "dpo" else 1500)
-    torch.testing.assert_close(found, tensor(policy), atol=6e-4, rtol=0)
+    torch.testing.assert_close(found, f64(policy), atol=6e-4, rtol=0)
     assert float(regret(found)) == pytest.approx(value, abs=6e-5)
     assert expected_gradient(method, found.log()).abs().max() < 1e-9  # it is the end
 
@@ -80,8 +83,8 @@ def test_limits(method, policy, value):
 def test_the_baseline_of_each_half_is_the_mean_of_the_other(seed):
     """-grad L = E_mu1[(R_beta - mean_mu2 R_beta) grad ln pi] + the same with mu1, mu2 swapped."""
     problem, logits = random_problem(seed), torch.randn(3).double()
-    mu1, mu2, pi = tensor(problem["mu1"]), tensor(problem["mu2"]), logits.softmax(-1)
-    r_beta = tensor(problem["rewards"]) - 0.4 * (pi / tensor(problem["ref"])).log()
+    mu1, mu2, pi = f64(problem["mu"][0]), f64(problem["mu"][1]), logits.softmax(-1)
+    r_beta = f64(problem["rewards"]) - 0.4 * (pi / f64(problem["ref"])).log()
     scores = torch.eye(3).double() - pi  # [y, :] is grad ln pi(y) in the logits
 
     def half(mu, other):
@@ -90,7 +93,7 @@ def test_the_baseline_of_each_half_is_the_mean_of_the_other(seed):
     ours = -expected_gradient("copg", logits, **problem)
     torch.testing.assert_close(ours, half(mu1, mu2) + half(mu2, mu1), atol=1e-12, rtol=0)
     assert (ours - half(mu1, mu1) - half(mu2, mu2)).norm() > 1e-3  # with its own mean, another
-    one = -expected_gradient("copg", logits, **problem | {"mu2": mu1})
+    one = -expected_gradient("copg", logits, **problem | {"mu": (mu1, mu1)})
     torch.testing.assert_close(one, 2 * half(mu1, mu1), atol=1e-12, rtol=0)  # eq. 16
 
 
@@ -111,40 +114,40 @@ def test_copg_finds_the_one_optimum_from_any_data(seed):
     eigenvalues = torch.linalg.eigvalsh(hessian)
     assert eigenvalues[0].abs() < 1e-12 and eigenvalues[1] > 1e-3
     pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T
-    at_best = bandit.Pairs(best.log(), *pairs, None, problem["rewards"], problem["ref"], 0.4)
+    at_best = bandit.PairBatch(
+        best.log(), *pairs, pairs[0] == 0, problem["rewards"], problem["ref"], 0.4
+    )
     assert LOSSES["copg"](at_best).abs().max() < 1e-12  # of every single pair
 
 
 def test_an_arm_that_nobody_pulls_stays_where_it_was():
     """Only differences of log-ratios between arms in the data are learned."""
-    found = limit("copg", mu1=(0.5, 0.5, 0.0), mu2=(0.4, 0.6, 0.0))
+    found = limit("copg", mu=((0.5, 0.5, 0.0), (0.4, 0.6, 0.0)))
     assert float(found[0] / found[1]) == pytest.approx(np.e, rel=1e-6)
-    torch.testing.assert_close(found, tensor((0.5065, 0.1863, 0.3072)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, f64((0.5065, 0.1863, 0.3072)), atol=1e-4, rtol=0)
     assert float(regret(found)) == pytest.approx(0.218, abs=1e-3)
 
 
 def test_connected_pairs_are_enough():
     """mu1 pulls arm 2 only, mu2 the others only: the supports differ, the optimum is found."""
-    found = limit("copg", 3000, mu1=(0.0, 0.0, 1.0), mu2=(0.5, 0.5, 0.0))
+    found = limit("copg", 3000, mu=((0.0, 0.0, 1.0), (0.5, 0.5, 0.0)))
     torch.testing.assert_close(found, optimal_policy(), atol=1e-6, rtol=0)
 
 
 def test_a_restricted_policy_has_another_optimum():
     """Theorem 1 needs a policy that can be pi*. With one parameter, pi in proportion to
     exp(theta (1, 0, 1/2)), the data decide, and neither optimum is that of J."""
-    features, grid = tensor((1, 0, 0.5)), torch.linspace(-2, 6, 8001, dtype=torch.float64)
+    features, grid = f64((1, 0, 0.5)), torch.linspace(-2, 6, 8001, dtype=torch.float64)
 
-    def best(mu1, mu2):
-        losses = [
-            bandit.expected_loss("copg", theta * features, mu1=mu1, mu2=mu2) for theta in grid[::25]
-        ]
+    def best(mu):
+        losses = [bandit.expected_loss("copg", theta * features, mu=mu) for theta in grid[::25]]
         a, b, _ = np.polyfit(grid[::25].numpy(), torch.stack(losses).numpy(), 2)  # a parabola
         return -b / (2 * a)
 
     policies = (grid[:, None] * features).softmax(-1)
     assert float(grid[objective(policies).argmax()]) == pytest.approx(4.384, abs=2e-3)
-    assert best(UNIFORM, UNIFORM) == pytest.approx(1.0, abs=1e-6)
-    assert best(bandit.MU1, bandit.MU2) == pytest.approx(-0.125, abs=1e-3)
+    assert best((UNIFORM, UNIFORM)) == pytest.approx(1.0, abs=1e-6)
+    assert best(bandit.MU) == pytest.approx(-0.125, abs=1e-3)
 
 
 # ---- properties 1 to 3, and eq. 7-9 ----
@@ -158,7 +161,7 @@ def test_on_policy_the_gradient_is_twice_that_of_the_objective(seed):
     arguments = problem["rewards"], problem["ref"], problem["beta"]
     (gradient,) = torch.autograd.grad(objective(logits.softmax(-1), *arguments), logits)
     pi = logits.detach().softmax(-1)
-    ours = expected_gradient("copg", logits, **problem | {"mu1": pi, "mu2": pi})
+    ours = expected_gradient("copg", logits, **problem | {"mu": (pi, pi)})
     torch.testing.assert_close(-ours, 2 * gradient, atol=1e-12, rtol=0)
     torch.testing.assert_close(
         -expected_gradient("is", logits, **problem), 2 * gradient, atol=1e-12, rtol=0
@@ -193,8 +196,13 @@ def test_equal_gradients(method, other):
     """Over random pairs, with beta = 0.3: at 0.5 a forgotten 2 beta would not show."""
     logits = torch.tensor([0.4, -0.3, 0.7], dtype=torch.float64, requires_grad=True)
     y, y_, wins = *torch.randint(3, (2, 50)), torch.rand(50) < 0.5
-    losses = (loss(bandit.Pairs(logits, y, y_, wins, beta=0.3)) for loss in (LOSSES[method], other))
-    ours, theirs = (torch.autograd.grad(loss.sum(), logits)[0] for loss in losses)
+
+    def gradient(loss):
+        p = bandit.PairBatch(logits, y, y_, wins, beta=0.3)
+        p.wins = wins  # for the functions above
+        return torch.autograd.grad(loss(p).sum(), logits)[0]
+
+    ours, theirs = gradient(LOSSES[method]), gradient(other)
     assert ours.norm() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
@@ -256,7 +264,7 @@ def test_data_follow_the_two_policies_and_bradley_terry():
     """y is drawn from mu1, y' from mu2, preferences by Bradley-Terry; each seed has its own."""
     y, y_, wins = bandit.data_set((0, 1), 10_000, "sampled")
     assert y.shape == y_.shape == wins.shape == (2, 10_000)
-    for arms, mu in ((y, bandit.MU1), (y_, bandit.MU2)):
+    for arms, mu in zip((y, y_), bandit.MU, strict=True):
         shares = torch.bincount(arms.flatten(), minlength=3) / 20_000
         assert shares.tolist() == pytest.approx(mu, abs=0.01)
     some = (y == 0) & (y_ == 2)
@@ -271,7 +279,7 @@ def test_limits_with_ranked_labels():
     """Section 6 has pairs ranked by a reward model: DPO runs to the best arm, IPO to a policy other
     than with sampled labels, and CoPG, which has no labels, to pi* as before."""
     found = limit("ipo", labels="ranked")
-    torch.testing.assert_close(found, tensor((0.4576, 0.3902, 0.1522)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, f64((0.4576, 0.3902, 0.1522)), atol=1e-4, rtol=0)
     assert float(regret(found)) == pytest.approx(0.0922, abs=6e-5)
     torch.testing.assert_close(limit("copg", labels="ranked"), optimal_policy())
     best_arm = 2.125200 - (2.5 - 0.5 * np.log(3))  # J(pi*) - J(always arm 0) = .1745
@@ -312,21 +320,82 @@ def test_seeds_do_not_mix():
     assert (both[1:, 0] != both[1:, 1]).all()
 
 
-def test_command_line(tmp_path, capsys):
-    argv = ["--methods", "copg", "ipo", "--epochs", "2", "--seeds", "3", "--out", str(tmp_path)]
-    bandit.main(argv)
+def test_on_policy_training_draws_from_the_policy(monkeypatch):
+    """RLOO does not see the data, which have few arms 0. Without a gradient, pi stays uniform."""
+    seen = []
+
+    def no_gradient(p):
+        seen.append(torch.stack([p.r, p.r_]))  # [2, S, n]
+        return 0 * p.logp
+
+    monkeypatch.setitem(LOSSES, "rloo", no_gradient)
+    bandit.train("rloo", seeds=range(2), epochs=1)
+    best = torch.cat(seen, 2) == bandit.R[0]
+    assert best.double().mean((1, 2)).tolist() == pytest.approx([1 / 3, 1 / 3], abs=0.02)
+
+
+# ---- the command ----
+
+QUICK = ["--epochs", "2", "--seeds", "3", "--methods"]
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bandit.main([*QUICK, "copg", "ipo"])
     out = capsys.readouterr().out
     assert "J(pi*) = 2.125200" in out and "optimal" in out and "biased" in out
-    with (tmp_path / "regret.csv").open() as file:
+    assert out.endswith("see runs/bandit_toy: regret.csv, figure1.png\n")
+    with open("runs/bandit_toy/regret.csv") as file:
         rows = list(csv.DictReader(file))
+    curve = bandit.train("ipo", range(3), 2)  # [3, 3]
+    for row in rows[9:]:
+        exact = curve[int(row["epoch"]), int(row["seed"])]
+        assert row["method"] == "ipo" and float(row["regret"]) == pytest.approx(exact, rel=1e-6)
     assert len(rows) == 2 * 3 * 3
-    first = [float(row["regret"]) for row in rows if row["epoch"] == "0"]
-    assert first == pytest.approx([0.291867] * 6, abs=1e-6)
-    assert (tmp_path / "figure1.png").read_bytes()[:4] == b"\x89PNG"
-    bandit.main([*argv, "--labels", "ranked"])
+    assert Path("runs/bandit_toy/figure1.png").read_bytes()[:4] == b"\x89PNG"
+
+    bandit.main([*QUICK, "copg", "ipo", "--labels", "ranked"])  # in a directory of its own
     lines = out.splitlines() + capsys.readouterr().out.splitlines()
-    copg = [line for line in lines if line.startswith("copg")]
-    ipo = [line for line in lines if line.startswith("ipo")]
-    assert copg[0] == copg[1] and " 0.1525 " in ipo[0] and " 0.0922 " in ipo[1]
-    with pytest.raises(UserError, match="--labels ranked does nothing"):
-        bandit.main(["--methods", "copg", "--labels", "ranked"])
+    assert lines[-1] == "see runs/bandit_toy-2: regret.csv, figure1.png"
+    copg, again = (line for line in lines if line.startswith("copg"))
+    ipo, ranked = (line for line in lines if line.startswith("ipo"))
+    assert copg == again and " 0.1525 " in ipo and " 0.0922 " in ranked
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["copg", "--labels", "ranked"], "--labels ranked has no effect"),
+        (["copg", "--out", "full"], "--out full is not empty; name another"),
+        (["copg", "--out="], "an argument is empty"),
+        (["ppo"], "invalid choice: 'ppo'"),
+    ],
+)
+def test_bad_flags(tmp_path, monkeypatch, flags, line):
+    monkeypatch.chdir(tmp_path)
+    Path("full").mkdir()
+    Path("full/regret.csv").write_text("mine")
+    monkeypatch.setattr(bandit, "train_policies", None)  # said before training
+    with pytest.raises(UserError, match=line):
+        bandit.main([*QUICK, *flags])
+    assert Path("full/regret.csv").read_text() == "mine"
+
+
+def test_the_table_does_not_need_the_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    bandit.main([*QUICK, "copg", "--out", str(tmp_path)])
+    *_, row, last = capsys.readouterr().out.splitlines()
+    assert row.startswith("copg ") and "regret.csv; no figure1.png: ModuleNotFoundError" in last
+    assert (tmp_path / "regret.csv").exists()
+
+
+def test_a_reader_that_stops_loses_no_file(tmp_path, monkeypatch):
+    """python bandit_toy.py | head -1: the files are written before the first line."""
+
+    def closed(text):
+        assert {path.name for path in tmp_path.iterdir()} == {"regret.csv", "figure1.png"}
+        raise BrokenPipeError
+
+    monkeypatch.setattr(bandit, "print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        bandit.main([*QUICK, "copg", "--out", str(tmp_path)])

@@ -300,8 +300,25 @@ CASES = {  # flags; the valid groups in each round of each step; the groups in e
         [[0, 1, 2]] * 3,
     ),
     "dead rows count": (
-        ["--variant", "dr_grpo", "--no-chat-template", "--grad-checkpointing"],
+        [
+            "--variant",
+            "dr_grpo",
+            "--no-chat-template",
+            "--system",
+            "Be brief.",
+            "--grad-checkpointing",
+        ],
         [[[0, 1, 0]], [[1, 1, 0]], [[0, 0, 1]]],
+        [[0, 1, 2]] * 3,
+    ),
+    "truncated rows leave the loss": (
+        ["--variant", "dapo", "--max-rounds", 1, "--mask-truncated"],
+        [[[1, 1, 1]], [[1, 1, 0]], [[1, 1, 1]]],
+        [[0, 1, 2], [0, 1], [0, 1, 2]],
+    ),
+    "truncated rows are no part of N": (
+        ["--kl-beta", 0.3, "--mask-truncated"],
+        [[[0, 1, 1]], [[1, 1, 1]], [[1, 1, 1]]],
         [[0, 1, 2]] * 3,
     ),
 }
@@ -315,7 +332,7 @@ def test_everything_that_train_hands_on(stage, monkeypatch, name):
 
     def minibatches_and_record(N, mu, K):
         orders.append(minibatches(N, mu, K))
-        assert (N, mu, K) == (4 * len(batches[len(orders) - 1]), 2, 3)
+        assert (mu, K) == (2, 3)
         return orders[-1]
 
     monkeypatch.setattr(grpo, "minibatches", minibatches_and_record)
@@ -328,11 +345,12 @@ def test_everything_that_train_hands_on(stage, monkeypatch, name):
     assert {(call["group_size"], call["temperature"]) for call in stage.samples} == {(4, 0.7)}
     assert {temperature for _, _, temperature, _ in stage.scored} == {0.7}
     assert stage.loads[0][:2] == ("m", args.device) and stage.loads[0][3:] == (
-        (False, True) if "--grad-checkpointing" in flags else (True, False)
+        (False, "Be brief.", True) if "--grad-checkpointing" in flags else (True, None, False)
     )
     assert [load[:2] for load in stage.loads[1:]] == [("m", args.device)] * (args.kl_beta > 0)
 
     calls, parts = iter(stage.samples), []  # of each update: its step, its rows and advantages
+    whole, seen = [], []  # of each step: its batch; the log-probs of a row at its last update
     for step, n in enumerate(rounds):
         groups = [group for _ in range(n) for group in next(calls)["groups"]]
         batch = []
@@ -343,7 +361,11 @@ def test_everything_that_train_hands_on(stage, monkeypatch, name):
                 advantages = torch.zeros(4).double()
             elif args.scale == "std":
                 advantages = advantages / (rewards.std() + 1e-4)
-            batch += zip(group, advantages, strict=True)
+            pairs = zip(group, advantages, strict=True)
+            batch += [(row, A) for row, A in pairs if not (args.mask_truncated and row.cut)]
+        assert sum(map(len, orders[step])) == 2 * len(batch)
+        whole.append(batch)
+        seen.append({row.text: row.old for row, _ in batch})
         for order in orders[step]:
             part = [batch[i] for i in order]
             if args.kl_beta > 0 or any(A != 0 for _, A in part):
@@ -352,31 +374,32 @@ def test_everything_that_train_hands_on(stage, monkeypatch, name):
         ref = stage.models[1].theta
         assert torch.equal(ref, Bigrams(1).theta) and not ref.requires_grad
         texts = [t for model, *_, texts in stage.scored if model is stage.models[1] for t in texts]
-        assert len(texts) == len(set(texts)) == 4 * sum(map(len, batches))  # once
-    seen = [{"ratio": [], "clipped": [], "kl": []} for _ in parts]
+        assert len(texts) == len(set(texts)) == sum(map(len, whole))  # once
+
+    def eq_3(row, A, logprobs):
+        """Ratio, clipping, KL and J of each token."""
+        ratio = (logprobs - row.old).exp()
+        low, high = ratio < 1 - args.clip_low, ratio > 1 + args.clip_high
+        clipped = (low & (A < 0)) | (high & (A > 0))
+        bound = 1 + args.clip_high if A > 0 else 1 - args.clip_low
+        J, kl = torch.where(clipped, bound * A, ratio * A), torch.zeros(len(row.tokens))
+        if args.kl_beta > 0:
+            r = (row.logprobs(ref.double(), 0.7) - logprobs).exp()
+            kl = r - r.log() - 1
+            J = J - args.kl_beta * kl
+        return ratio, clipped, kl, J
 
     def loss_of_an_update(i, theta):
         """Eq. 3 over the rows of a minibatch, a token at a time."""
-        _, part = parts[i]
+        step, part = parts[i]
         total, tokens = 0.0, sum(len(row.tokens) for row, _ in part)
         for row, A in part:
             if A == 0 and args.kl_beta == 0:
                 continue
             logprobs, n = row.logprobs(theta, 0.7), len(row.tokens)
-            ratio = (logprobs - row.old).exp()
-            low, high = ratio < 1 - args.clip_low, ratio > 1 + args.clip_high
-            clipped = (low & (A < 0)) | (high & (A > 0))
-            bound = 1 + args.clip_high if A > 0 else 1 - args.clip_low
-            J = torch.where(clipped, bound * A, ratio * A)
-            seen[i]["ratio"] += ratio.tolist()
-            seen[i]["clipped"] += clipped.tolist()
-            if args.kl_beta > 0:
-                r = (row.logprobs(ref.double(), 0.7) - logprobs).exp()
-                kl = r - r.log() - 1
-                J = J - args.kl_beta * kl
-                seen[i]["kl"] += kl.tolist()
+            seen[step][row.text] = logprobs.detach()
             share = {"sequence": n * len(part), "token": tokens, "constant": 5 * len(part)}
-            total = total - J.sum() / share[args.aggregate]
+            total = total - eq_3(row, A, logprobs)[3].sum() / share[args.aggregate]
         live = [row.text for row, A in part if A != 0 or args.kl_beta > 0]
         assert sorted(stage.updates[i]["rows"]) == sorted(live)
         return total
@@ -388,18 +411,20 @@ def test_everything_that_train_hands_on(stage, monkeypatch, name):
     for step, row in enumerate(rows[1:]):
         valid = [x for valid in steps[step] for x in valid]
         updates = [i for i, (s, _) in enumerate(parts) if s == step]
-        expected = {  # means over the updates
+        last = [eq_3(row, A, seen[step][row.text]) for row, A in whole[step]]
+        ratio, clipped, kl, _ = (torch.cat(x).tolist() for x in zip(*last, strict=True))
+        expected = {  # means over the updates, and tokens of the batch after the last pass
             "loss": mean(losses[i] for i in updates),
             "grad_norm": mean(norms[i] for i in updates),
-            "ratio_min": mean(min(seen[i]["ratio"]) for i in updates),
-            "ratio_max": mean(max(seen[i]["ratio"]) for i in updates),
-            "clip_share": mean(mean(seen[i]["clipped"]) for i in updates),
+            "ratio_min": min(ratio),
+            "ratio_max": max(ratio),
+            "clip_share": mean(clipped),
             "valid_share": mean(valid),
             "rounds": rounds[step],
             "lr": RATES[step],
         }
         if args.kl_beta > 0:
-            expected["kl"] = mean(mean(seen[i]["kl"]) for i in updates)
+            expected["kl"] = mean(kl)
         assert ("kl" in row) == (args.kl_beta > 0)
         for column, value in expected.items():
             assert row[column] == pytest.approx(value, rel=1e-3, abs=1e-6), column

@@ -104,7 +104,7 @@ def test_the_bandits_losses_are_the_same():
     first = rewards[:, 0] >= rewards[:, 1]
     log_ratio = logits.log_softmax(1)[0] - torch.tensor(bandit_toy.REF).double().log()
     h, beta = log_ratio[arms], bandit_toy.BETA
-    pairs = bandit_toy.Pairs(logits[0], arms[:, 0], arms[:, 1], first)
+    pairs = bandit_toy.PairBatch(logits[0], arms[:, 0], arms[:, 1], first)
     theirs = bandit_toy.copg_loss(pairs).mean()
     torch.testing.assert_close(copg_loss(h, rewards, beta), theirs, atol=1e-12, rtol=0)
     chosen = h.gather(1, (~first).long()[:, None])[:, 0]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import common
 import copg
 from common import Rollout, completion_logprobs, sample
-from tasks import Count, UserError, get_prompts, get_rewards, make_task, tiny
+from tasks import Count, UserError, first_problem, get_prompts, get_rewards, make_task, tiny
 from tasks.count import COLOURS
 from tasks.pairs import Record, read_records
 from tasks.pictures import data_uri, read_image
@@ -226,7 +226,7 @@ def test_a_script_trains_and_goes_on(script, tiny_directory, tmp_path, monkeypat
     module.train(module.parse_args(["--resume", str(run.dir), "--steps", "2"]))
     if script == "copg":
         record = read_records(run.dir / "data.jsonl")[3]
-        (prompt,) = get_prompts(task, [3])
+        (prompt,) = get_prompts(task, [first_problem(0) + 3])
         assert record.prompt["text"] == prompt["text"]
         assert np.array_equal(read_image(record.prompt["image"], "x"), prompt["image"])
 

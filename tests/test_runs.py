@@ -192,6 +192,7 @@ def assert_same(out, other, why=""):
     for name in ("samples.jsonl", "checkpoint/model.safetensors"):
         assert (out / name).read_bytes() == (other / name).read_bytes(), (name, why)
     states = [torch.load(run / "checkpoint/training_state.pt") for run in (out, other)]
+    assert states[0].pop("data") == states[1].pop("data")
     for saved in states:
         for row in saved["rows"]:
             row.pop("seconds"), row.pop("tokens_per_second", None)  # timings
@@ -240,7 +241,7 @@ def test_curves_and_summary(whole, script):
         mean, error = (float(row[f"eval_{figure}{x}"]) for x in ("", "_stderr"))
         said = re.search(rf"{name} +{figure} (\S+) ± (\S+)", summary).groups()
         assert [float(x) for x in said] == pytest.approx([mean, error], abs=6e-4)
-    assert re.search(r"took +\d+ s, ", summary) and re.search(r"\d\.\d\d GiB at the peak", summary)
+    assert re.search(r"took +\d+ s\n", summary)
     for path in ("curves.png", "samples.jsonl", "checkpoint"):
         assert f"{out}/{path}" in summary
     assert "--resume" not in summary
@@ -699,13 +700,13 @@ def test_in_a_thread_there_are_no_signals(model, tmp_path):
     assert len(rows(tmp_path / "run")) == 2
 
 
-def test_a_file_system_without_locks(model, tmp_path, capsys, monkeypatch):
+def test_a_file_system_without_locks(model, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(run_module.fcntl, "flock", fail)
     run("gpg.py", flags("gpg.py", model, tmp_path / "run", "--steps", 1))
-    assert "not locked (No locks available)" in capsys.readouterr().out
+    assert len(rows(tmp_path / "run")) == 2
 
 
 # ---- the command line ----
@@ -717,9 +718,10 @@ def test_help_lists_the_flags(script, start, tmp_path):
     listed = set(re.findall(r"--[a-z][a-z-]+", (tmp_path / "help.log").read_text()))
     ranged = {flag for name, flag, _ in RANGES if name == script}  # so none is forgotten
     others = {"--help", "--model", "--task", "--no-chat-template", "--grad-checkpointing"}
+    others |= {"--eval-task", "--system"}
     others |= {"--out", "--resume", "--device"} | {
-        "gpg.py": {"--no-alpha"},
-        "grpo.py": {"--dynamic-sampling"},
+        "gpg.py": {"--no-alpha", "--mask-truncated"},
+        "grpo.py": {"--dynamic-sampling", "--mask-truncated"},
         "copg.py": {"--reward-model", "--data", "--online"},
     }[script]
     assert listed == ranged | others
@@ -758,8 +760,8 @@ def test_an_error_in_the_users_task_shows_its_traceback(model, tmp_path):
 
 
 def test_without_locks_and_without_matplotlib(model, tmp_path):
-    """Windows has neither fcntl nor resource. A notebook's backend is not there in a script."""
-    code = "import common, runpy, sys; sys.modules |= dict.fromkeys(('fcntl', 'resource')); "
+    """Windows has no fcntl. A notebook's backend is not there in a script."""
+    code = "import common, runpy, sys; sys.modules['fcntl'] = None; "
     code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = flags("gpg.py", model, tmp_path / "run", "--steps", 1, "--task", "add")
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
@@ -768,5 +770,5 @@ def test_without_locks_and_without_matplotlib(model, tmp_path):
     finally:
         del os.environ["MPLBACKEND"]
     assert result.returncode == 0, result.stderr
-    assert "1 of 1 steps" in result.stdout and "at the peak" not in result.stdout
+    assert "1 of 1 steps" in result.stdout
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000

@@ -584,7 +584,7 @@ def test_line_separators_and_a_byte_order_mark_are_text(tmp_path):
     path = tmp_path / "mine.jsonl"
     text = '{"prompt": "a\u2028b", "answer": "c"}\r\n\n{"question": "d", "answer": 1}'
     path.write_bytes(text.encode("utf-8-sig"))
-    assert read_records(path) == [("a\u2028b", "c"), ("d", "1")]
+    assert [(r.prompt, r.answer) for r in read_records(path)] == [("a\u2028b", "c"), ("d", "1")]
 
 
 def test_null_counts_as_absent(tmp_path):
@@ -593,7 +593,7 @@ def test_null_counts_as_absent(tmp_path):
         {"prompt": None, "question": "b", "answer": 2},
     ]
     path = write(tmp_path / "mine.jsonl", records)
-    assert read_records(Path(path)) == [("a", "1"), ("b", "2")]
+    assert [(r.prompt, r.answer) for r in read_records(path)] == [("a", "1"), ("b", "2")]
 
 
 @pytest.mark.parametrize(
@@ -615,7 +615,28 @@ def test_null_counts_as_absent(tmp_path):
         ('{"prompt": "a", "answer": -Infinity}', "needs a finite number under 'answer'"),
         ('{"prompt": "a", "answer": 1e400}', "needs a finite number under 'answer'"),
         ('{"prompt": null, "answer": 1}', "needs a text under 'prompt'"),
-        ('{"prompt": "a", "answer": 1, "images": ["b.png"]}', "needs one path under 'image'"),
+        ('{"prompt": "a", "answer": 1, "images": ["b.png", "c.png"]}', "needs one picture"),
+        ('{"prompt": "a", "answer": 1, "images": []}', "needs one picture"),
+        ('{"prompt": "a", "answer": 1, "images": "b.png"}', "needs one picture"),
+        ('{"prompt": "a", "answer": 1, "images": ["b"], "image": "b"}', "needs one picture"),
+        ('{"prompt": "a", "answer": 1, "images": [{"bytes": "b"}]}', "needs the path of a picture"),
+        ('{"prompt": [], "answer": 1}', "needs at least one message"),
+        ('{"messages": [{"role": "user"}], "answer": 1}', "not a message with a role and a text"),
+        ('{"messages": ["a"], "answer": 1}', "not a message with a role and a text"),
+        ('{"messages": [{"role": 1, "content": "a"}], "answer": 1}', "not a message with a role"),
+        (
+            '{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": 1}',
+            "not a message with a role and a text",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "answer": 1}',
+            "its messages end with an answer",
+        ),
+        (
+            '{"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],'
+            ' "image": "c.png", "answer": 1}',
+            "needs one text beside its picture, not 2 messages",
+        ),
     ],
     ids=lambda text: text[:40],
 )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import metrics
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 import common
 import copg
@@ -30,6 +30,7 @@ class Bigrams(torch.nn.Module):
 
     device = torch.device("cpu")
     config = PretrainedConfig(max_position_embeddings=512)
+    generation_config = GenerationConfig()
 
     def __init__(self, seed):
         super().__init__()
@@ -58,6 +59,7 @@ class Row(NamedTuple):
     tokens: list[int]
     old: torch.Tensor  # log-probs of the sampler
     reward: float
+    cut: bool = False  # at max_new_tokens
 
     def logprobs(self, theta, temperature=1.0):
         before = [self.before, *self.tokens[:-1]]
@@ -102,9 +104,11 @@ class Stage:
             return clip([theta], max_norm)
 
         monkeypatch.setattr(torch.optim, "AdamW", AdamW)
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_record)
+        for module in (gpg, grpo, copg):
+            monkeypatch.setattr(module, "clip_grad_norm_", clip_and_record)
+        names = ("make_task", "make_tasks", "load_model", "sample", "completion_logprobs")
         for module in (common, gpg, grpo, copg):
-            for name in ("make_task", "load_model", "sample", "completion_logprobs", "evaluate"):
+            for name in (*names, "evaluate"):
                 if hasattr(module, name) and (module, name) != (copg, "evaluate"):
                     monkeypatch.setattr(module, name, getattr(self, name))
         monkeypatch.setattr(run_module, "draw_curves", lambda *_: None)  # slow
@@ -112,6 +116,9 @@ class Stage:
     def make_task(self, name, split="train"):
         self.tasks.append((name, split))
         return Numbered(split)
+
+    def make_tasks(self, name, eval_name):
+        return self.make_task(name), self.make_task(eval_name or name, "test")
 
     def load_model(self, *args, **kwargs):
         self.loads.append((*args, *kwargs.values()))
@@ -150,7 +157,7 @@ class Stage:
             n, reward = int(lengths[i]), float(text.split()[0])
             reward += int(prompts[i // group_size].split()[-1]) % 5
             row = text, int(rollout.prompt_ids[i, -1]), ids[i, :n].tolist(), rollout.logprobs[i, :n]
-            groups[i // group_size].append(Row(*row, reward))
+            groups[i // group_size].append(Row(*row, reward, rollout.truncated[i].item()))
         call["truncated"] = rollout.truncated.tolist()
         self.samples.append(call)
         return rollout

@@ -3,6 +3,8 @@
 import torch
 from probe import Case, Question, call
 
+ATTRIBUTES = ["r", "r_", "rb", "rb_", "logp", "logp_", "h", "h_", "w", "w_"]
+ATTRIBUTES += ["value", "value_kl", "margin"]
 METHODS = ["pg_loss", "pg_value_loss", "pg_value_kl_loss", "is_loss", "rloo_loss", "ipo_loss"]
 
 
@@ -25,12 +27,13 @@ def optimum(seed: int) -> list[Case]:
 
 
 def pairs(module, seed: int):
-    """A Pairs object of 3 seeds x 4 pairs, and its logits, which have a gradient."""
+    """A PairBatch of 3 seeds x 4 pairs, and its logits, which have a gradient."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 3, generator=generator, dtype=torch.float64).requires_grad_()
     y, y_ = torch.randint(3, (2, 3, 4), generator=generator)
     wins = torch.rand(3, 4, generator=generator) < 0.5
-    p = module.Pairs(logits, y, y_, wins, mu1=(0.2, 0.3, 0.5), mu2=(0.6, 0.3, 0.1))
+    mu = (0.2, 0.3, 0.5), (0.6, 0.3, 0.1)
+    p = module.PairBatch(logits, y, y_, wins, beta=0.3, mu=mu)  # with 0.5, 2 beta would be 1
     return p, logits
 
 
@@ -43,22 +46,13 @@ def value_and_slope(value, logits) -> dict:
 
 def attributes(seed: int) -> list[Case]:
     cases = []
-    for name in ("r", "r_", "rb", "rb_", "logp", "logp_", "h", "h_", "pi", "regularised"):
+    for name in ATTRIBUTES:
 
         def run(module, name=name):
             p, logits = pairs(module, seed)
             return value_and_slope(torch.as_tensor(getattr(p, name)), logits)
 
-        cases.append(Case(f"Pairs(...).{name}, with its gradient", run))
-    for name in ("value", "value_kl", "weights", "margin"):
-
-        def run(module, name=name):
-            p, logits = pairs(module, seed)
-            values = getattr(p, name)()
-            values = values if isinstance(values, tuple) else (values,)
-            return [value_and_slope(value, logits) for value in values]
-
-        cases.append(Case(f"Pairs(...).{name}(), with its gradient", run))
+        cases.append(Case(f"PairBatch(...).{name}, with its gradient", run))
     return cases
 
 
@@ -111,7 +105,7 @@ QUESTIONS = {
         ["optimal_policy", "objective", "regret"],
         optimum,
     ),
-    "Q2": Question("What a loss may look at", 25, "bandit_toy.py", ["Pairs"], attributes),
+    "Q2": Question("What a loss may look at", 25, "bandit_toy.py", ["PairBatch"], attributes),
     "Q3": Question(
         "The loss of CoPG",
         15,

@@ -11,7 +11,7 @@ from tasks import Posts
 
 
 def bandit_regret(method: str, mu1: list[float], mu2: list[float]) -> float:
-    return float(bandit_toy.regret(bandit_toy.limit(method, mu1=mu1, mu2=mu2)))
+    return float(bandit_toy.regret(bandit_toy.limit(method, mu=(mu1, mu2))))
 
 
 def tempered(logits: list[float], temperature: float) -> float:

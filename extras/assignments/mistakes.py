@@ -3,19 +3,19 @@
 MISTAKES = {
     "A1": {
         "Q1": {
-            'KL reversed': ('kl = torch.xlogy(policy, policy / tensor(ref)).sum(-1)', 'kl = torch.xlogy(tensor(ref), tensor(ref) / policy).sum(-1)', 'The KL is KL(pi || ref): the mean over pi of ln(pi / ref).'),
-            '0 ln 0 is NaN': ('kl = torch.xlogy(policy, policy / tensor(ref)).sum(-1)', 'kl = (policy * (policy / tensor(ref)).log()).sum(-1)', 'An arm with the probability 0 adds 0: use torch.xlogy.'),
-            'pi* without the reference': ('return (tensor(ref).log() + tensor(rewards) / beta).softmax(-1)', 'return (tensor(rewards) / beta).softmax(-1)', 'pi* is ref exp(R / beta) / Z.'),
-            'times beta': ('return (tensor(ref).log() + tensor(rewards) / beta).softmax(-1)', 'return (tensor(ref).log() + tensor(rewards) * beta).softmax(-1)', 'Divide the rewards by beta in pi*.'),
+            'KL reversed': ('kl = torch.xlogy(policy, policy / f64(ref)).sum(-1)', 'kl = torch.xlogy(f64(ref), f64(ref) / policy).sum(-1)', 'The KL is KL(pi || ref): the mean over pi of ln(pi / ref).'),
+            '0 ln 0 is NaN': ('kl = torch.xlogy(policy, policy / f64(ref)).sum(-1)', 'kl = (policy * (policy / f64(ref)).log()).sum(-1)', 'An arm with the probability 0 adds 0: use torch.xlogy.'),
+            'pi* without the reference': ('return (f64(ref).log() + f64(rewards) / beta).softmax(-1)', 'return (f64(rewards) / beta).softmax(-1)', 'pi* is ref exp(R / beta) / Z.'),
+            'times beta': ('return (f64(ref).log() + f64(rewards) / beta).softmax(-1)', 'return (f64(ref).log() + f64(rewards) * beta).softmax(-1)', 'Divide the rewards by beta in pi*.'),
             'sign of the regret': ('return best - objective(policy, rewards, ref, beta)', 'return objective(policy, rewards, ref, beta) - best', 'The regret is J(pi*) - J(policy), never negative.'),
         },
         "Q2": {
             'a gradient through R_beta': ('beta * log_ratio.detach()', 'beta * log_ratio', 'R_beta is a weight: detach it.'),
-            'no reference': ('log_ratio = log_pi - tensor(ref).log()', 'log_ratio = log_pi', 'h is ln(pi / ref).'),
-            'beta forgotten in R_beta': ('self.rewards - beta * log_ratio.detach()', 'self.rewards - log_ratio.detach()', 'R_beta = R - beta ln(pi / ref).'),
-            'margin regardless of the preference': ('return torch.where(self.wins, self.h - self.h_, self.h_ - self.h)', 'return self.h - self.h_', 'The margin is h of the preferred arm minus h of the other.'),
-            'both weights by mu1': ('weights[1] / tensor(self.mu2)[self.y_]', 'weights[1] / tensor(self.mu1)[self.y_]', 'y_ was drawn from mu2.'),
-            'value without pi': ('return (self.pi * self.rewards).sum(-1, keepdim=True)', 'return self.rewards.mean(-1, keepdim=True)', 'E_pi[R] is the mean over the policy.'),
+            'no reference': ('log_ratio = log_pi - f64(ref).log()', 'log_ratio = log_pi', 'h is ln(pi / ref).'),
+            'beta forgotten in R_beta': ('rewards - beta * log_ratio.detach()', 'rewards - log_ratio.detach()', 'R_beta = R - beta ln(pi / ref).'),
+            'margin regardless of the preference': ('self.margin = torch.where(wins, self.h - self.h_, self.h_ - self.h)', 'self.margin = self.h - self.h_', 'The margin is h of the preferred arm minus h of the other.'),
+            'both weights by mu1': ('pi.gather(-1, y_) / mu2[y_]', 'pi.gather(-1, y_) / mu1[y_]', 'y_ was drawn from mu2.'),
+            'value without pi': ('self.value = (pi * rewards).sum(-1, keepdim=True)', 'self.value = rewards.mean(-1, keepdim=True)', 'E_pi[R] is the mean over the policy.'),
         },
         "Q3": {
             'beta instead of 2 beta': ('** 2 / (2 * p.beta)', '** 2 / p.beta', 'Completing the square leaves 1 / (2 beta).'),
@@ -24,15 +24,15 @@ MISTAKES = {
             'not divided by 2 beta': ('** 2 / (2 * p.beta)', '** 2', 'Divide by 2 beta, so that the gradient is eq. 18.'),
         },
         "Q4": {
-            'baseline E_pi[R] for E_pi[R_beta]': ('return -((p.rb - p.value_kl()) * p.logp + (p.rb_ - p.value_kl()) * p.logp_)', 'return -((p.rb - p.value()) * p.logp + (p.rb_ - p.value()) * p.logp_)', 'pg_value_kl has the baseline E_pi[R_beta].'),
-            'sign of dpo': ('return -logsigmoid(p.beta * p.margin())', 'return logsigmoid(p.beta * p.margin())', 'DPO minimises minus the log-sigmoid of the margin.'),
-            'IPO regresses to 1': ('return (0.5 - p.beta * p.margin()) ** 2', 'return (1 - p.beta * p.margin()) ** 2', 'IPO regresses beta times the margin to 1/2.'),
-            'one weight for both arms': ('w_ * (p.rb_', 'w * (p.rb_', 'Each arm has an importance weight of its own.'),
+            'baseline E_pi[R] for E_pi[R_beta]': ('return -((p.rb - p.value_kl) * p.logp + (p.rb_ - p.value_kl) * p.logp_)', 'return -((p.rb - p.value) * p.logp + (p.rb_ - p.value) * p.logp_)', 'pg_value_kl has the baseline E_pi[R_beta].'),
+            'sign of dpo': ('return -logsigmoid(p.beta * p.margin)', 'return logsigmoid(p.beta * p.margin)', 'DPO minimises minus the log-sigmoid of the margin.'),
+            'IPO regresses to 1': ('return (0.5 - p.beta * p.margin) ** 2', 'return (1 - p.beta * p.margin) ** 2', 'IPO regresses beta times the margin to 1/2.'),
+            'one weight for both arms': ('p.w_ * (p.rb_', 'p.w * (p.rb_', 'Each arm has an importance weight of its own.'),
             'sign of pg': ('return -(p.rb * p.logp + p.rb_ * p.logp_)', 'return p.rb * p.logp + p.rb_ * p.logp_', 'A loss is minimised: minus the reward times ln pi.'),
         },
         "Q5": {
-            'both arms from mu1': ('collect(MU2, pairs, rng, env)', 'collect(MU1, pairs, rng, env)', 'y_ is drawn from mu2.'),
-            'preferences reversed': ('np.exp(np.subtract(r_, r))', 'np.exp(np.subtract(r, r_))', 'The probability that y wins is the sigmoid of R(y) - R(y_).'),
+            'both arms from mu1': ('collect(MU[1], n_pairs, rng, env)', 'collect(MU[0], n_pairs, rng, env)', 'y_ is drawn from mu2, which is MU[1].'),
+            'preferences reversed': ('np.exp(r_ - r)', 'np.exp(r - r_)', 'The probability that y wins is the sigmoid of R(y) - R(y_).'),
         },
     },
     "A2": {
