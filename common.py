@@ -457,12 +457,21 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor) -> dict[str, float]:
 
 def rollout_samples(prompts: list, rollout: Rollout, rewards: Tensor) -> list[dict]:
     """The first three groups of a rollout with rewards [groups, G], for samples.jsonl."""
-    samples, G = [], rewards.shape[1]
-    for i, reward in enumerate(rewards[:3].flatten().tolist()):
-        mask, sample = rollout.completion_mask[i], {"group": i // G}
-        sample |= {"prompt": prompt_text(prompts[i // G]), "completion": rollout.texts[i]}
-        sample |= {"reward": reward, "truncated": rollout.truncated[i].item()}
-        sample |= {"tokens": rollout.completion_ids[i, mask].tolist()}
-        sample |= {"logprobs": [round(x, 3) for x in rollout.logprobs[i, mask].tolist()]}
-        samples.append(sample)
-    return samples
+    G, rewards = rewards.shape[1], rewards[:3].flatten().tolist()
+    return [
+        {"group": i // G, "reward": reward} | sample_of_row(prompts[i // G], rollout, i)
+        for i, reward in enumerate(rewards)
+    ]
+
+
+def sample_of_row(prompt, rollout: Rollout, i: int) -> dict:
+    """Row i of a rollout, for samples.jsonl."""
+    mask = rollout.completion_mask[i]
+    return {
+        "prompt": prompt_text(prompt),
+        "completion": rollout.texts[i],
+        "truncated": rollout.truncated[i].item(),
+        "prompt_tokens": rollout.prompt_ids[i, rollout.prompt_mask[i]].tolist(),
+        "tokens": rollout.completion_ids[i, mask].tolist(),
+        "logprobs": [round(x, 3) for x in rollout.logprobs[i, mask].tolist()],
+    }
