@@ -376,7 +376,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('report.py: dead groups have an advantage', 'extras/report.py', ' * group["valid"]', '', 'report'),
     ("report.py: GRPO's advantages without their std", 'extras/report.py', 'if config["script"] == "grpo.py":', 'if False:', 'report'),
     ('report.py: evaluations are trained on', 'extras/report.py', 'if group["group"] is not None:  # it was trained on', 'if True:', 'report'),
-    ('report.py: before and after in turn', 'extras/report.py', '{"before": run["config"]["model"], "after":', '{"after": run["config"]["model"], "before":', 'report'),
+    ('report.py: before and after in turn', 'extras/report.py', '(("before", run["config"]["model"]), ("after",', '(("after", run["config"]["model"]), ("before",', 'report'),
     ('report.py: texts are markup', 'extras/report.py', '.replace("<", "\\\\u003c")', '', 'report'),
     ('report.py: half a character', 'extras/report.py', 'if text.endswith("\\ufffd") and', 'if False and', 'report'),
     ('report.py: spaces of tokens lost', 'extras/report.py', 'start, done = done, i + 1', 'start = done = i + 1', 'report'),
