@@ -190,7 +190,6 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('levels 3 to 5 in the test', 'tasks/maths.py', 'levels="345" if split == "train" else ""', 'levels="345"', 'maths'),
     ('training on a test set', 'tasks/maths.py', 'if split == "train" and name != "math":', 'if False:', 'maths'),
     ('the context of a question is dropped', 'tasks/maths.py', 'if record.get("context"):', 'if False:', 'maths'),
-    ('the whole solution is the gold answer', 'tasks/maths.py', 'gold_answer(record["solution"])', 'record["solution"]', 'maths'),
     ("AMC's 27.0", 'tasks/maths.py', 'isinstance(answer, float) and', 'False and', 'maths'),
     ('a tolerance on one side only', 'tasks/maths.py', 'abs(found - gold) <=', 'found - gold <=', 'maths'),
     ('a tolerance for nothing', 'tasks/maths.py', 'error != "" and', '', 'maths'),
