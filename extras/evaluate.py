@@ -110,8 +110,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parse_args(argv)
     out = Path(args.out)
     settings = {x: v for x, v in vars(args).items() if x not in ("task", "out", "device")}
+    table = {}
     if (out / "evaluation.json").exists():
         old = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+        table = old["tasks"]
         if old["settings"] != settings:
             changed = next(x for x in settings if old["settings"].get(x) != settings[x])
             flag = f"--{changed.replace('_', '-')}"
@@ -121,13 +123,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     model, tokenizer = load_model(args.model, args.device, chat_template=not args.no_chat_template)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "completions.jsonl"
-    rows, table = read_completions(path, args.samples + 1), {}
+    rows = read_completions(path, args.samples + 1)
     for name, some in batches.items():
         for batch in some:  # a batch is whole, or is drawn again
             if not all((name, problem) in rows for problem in batch):
                 rows = {key: r for key, r in rows.items() if key[0] != name or key[1] not in batch}
     write(path, "".join(map(as_line, (row for some in rows.values() for row in some))))
-    write(out / "evaluation.json", json.dumps({"settings": settings, "tasks": {}}, indent=2))
+    write(out / "evaluation.json", json.dumps({"settings": settings, "tasks": table}, indent=2))
     with path.open("a", encoding="utf-8") as file:
         for name, task in tasks.items():
             for batch in tqdm(batches[name], desc=name, unit="batch"):
@@ -141,9 +143,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             table[name] = summarise([r for p in problems for r in rows[name, p]], args.samples)
             result = {"settings": settings, "tasks": table}
             write(out / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    print(
-        markdown([["task", *next(iter(table.values()))], *(cells(x, m) for x, m in table.items())])
-    )
+    cells = [[x, *(f"{value:.4g}" for value in metrics.values())] for x, metrics in table.items()]
+    print(markdown([["task", *next(iter(table.values()))], *cells]))
     return table
 
 
@@ -158,10 +159,6 @@ def split(task, args: argparse.Namespace) -> list[list[int]]:
 
 def as_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def cells(name: str, metrics: dict[str, float]) -> list[str]:
-    return [name, *(f"{value:.4g}" for value in metrics.values())]
 
 
 if __name__ == "__main__":

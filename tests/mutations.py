@@ -348,6 +348,11 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('a failed first evaluation leaves a run behind', 'run.py', '        if not self.resumed:\n            return\n', '        self.write_config()\n        if not self.resumed:\n            return\n', 'runs'),
     ('rows of metrics lost on resume', 'run.py', 'self.rows = saved["step"], saved["problem"], saved["rows"]', 'self.rows = saved["step"], saved["problem"], []', 'runs'),
     ('copg.py: samples of online steps lost', 'copg.py', 'run.log(step, metrics, samples)', 'run.log(step, metrics)', 'copg'),
+    ('pass@k of draws with replacement', 'extras/evaluate.py', '1 - math.comb(n - c, k) / math.comb(n, k)', '1 - (1 - c / n) ** k', 'evaluate'),
+    ('a stopped evaluation draws other samples', 'extras/evaluate.py', 'torch.manual_seed(args.seed * 10**6 + problems[0])', 'pass', 'evaluate'),
+    ('half a batch is kept', 'extras/evaluate.py', 'if not all((name, problem) in rows for problem in batch):', 'if False:', 'evaluate'),
+    ('greedy completions count as samples', 'extras/evaluate.py', '[row for row in rows if not row["greedy"]]', 'rows', 'evaluate'),
+    ('other settings, same directory', 'extras/evaluate.py', 'if old["settings"] != settings:', 'if False:', 'evaluate'),
 ]  # fmt: skip
 
 
