@@ -231,7 +231,6 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('levels 3 to 5 in the test', 'tasks/maths.py', 'levels="345" if split == "train" else ""', 'levels="345"', 'maths'),
     ('training on a test set', 'tasks/maths.py', 'if split == "train" and name != "math":', 'if False:', 'maths'),
     ('the context of a question is dropped', 'tasks/maths.py', 'if record.get("context"):', 'if False:', 'maths'),
-    ('the whole solution is the gold answer', 'tasks/maths.py', 'gold_answer(record["solution"])', 'record["solution"]', 'maths'),
     ("AMC's 27.0", 'tasks/maths.py', 'isinstance(answer, float) and', 'False and', 'maths'),
     ('a tolerance on one side only', 'tasks/maths.py', 'abs(found - gold) <=', 'found - gold <=', 'maths'),
     ('a tolerance for nothing', 'tasks/maths.py', 'error != "" and', '', 'maths'),
@@ -410,6 +409,11 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('report.py: pictures of other groups', 'extras/report.py', 'rounds[step < group["step"]]', 'rounds[step <= group["step"]]', 'report'),
     ('report.py: changes of the wrong sign', 'extras/report.py', 'sum(row["after"]) - sum(row["before"])', 'sum(row["before"]) - sum(row["after"])', 'report'),
     ('report.py: the last steps are left out', 'extras/report.py', 'np.linspace(0, len(steps) - 1, most_steps)', 'range(min(len(steps), most_steps))', 'report'),
+    ('pass@k of draws with replacement', 'extras/evaluate.py', '1 - math.comb(n - c, k) / math.comb(n, k)', '1 - (1 - c / n) ** k', 'evaluate'),
+    ('a stopped evaluation draws other samples', 'extras/evaluate.py', 'torch.manual_seed(args.seed * 10**6 + problems[0])', 'pass', 'evaluate'),
+    ('half a batch is kept', 'extras/evaluate.py', 'if not all((name, problem) in rows for problem in batch):', 'if False:', 'evaluate'),
+    ('greedy completions count as samples', 'extras/evaluate.py', '[row for row in rows if not row["greedy"]]', 'rows', 'evaluate'),
+    ('other settings, same directory', 'extras/evaluate.py', 'if old["settings"] != settings:', 'if False:', 'evaluate'),
 ]  # fmt: skip
 
 

@@ -250,7 +250,8 @@ def test_a_fork_does_not_use_its_parents_process():
     assert is_correct(r"\boxed{1+x}", "x+1")
     child = os.fork()
     if child == 0:
-        os._exit(0 if is_correct(r"\boxed{z+x}", "x+z") and not is_correct("$x-2$", "2-x") else 1)
+        right = is_correct(r"\boxed{z+x}", "x+z") and not is_correct(r"\boxed{x-2}", "2-x")
+        os._exit(0 if right and os.getpid() in symbolic.PROCESSES else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert is_correct(r"\boxed{y+x}", "x+y") and not is_correct(r"\boxed{y-x}", "x-y")
 
