@@ -250,8 +250,8 @@ def shaped_model(name: str, ends: bool = True):
     return random_model(DEVICE, sizes["vocab_size"] // 256 if ends else 0, **sizes)
 
 
-def seconds(function, repeats: int = 1) -> float:
-    """Of function(), after a first call that is not counted."""
+def seconds_of(function, repeats: int = 1) -> float:
+    """The mean over `repeats` calls, after one that is not counted."""
     synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     function()
     synchronize()
@@ -260,6 +260,15 @@ def seconds(function, repeats: int = 1) -> float:
         function()
     synchronize()
     return (time.perf_counter() - start) / repeats
+
+
+def limits() -> tuple[float, float]:
+    """Bytes per second that a copy reads and writes; operations per second of a bf16 product."""
+    n, k = (2**30, 8192) if DEVICE == "cuda" else (2**20, 64)
+    x = torch.empty(2, n, dtype=torch.uint8, device=DEVICE)
+    a = torch.randn(k, k, dtype=torch.bfloat16, device=DEVICE)
+    copy = seconds_of(lambda: x[0].copy_(x[1]), 10)
+    return 2 * n / copy, 2 * k**3 / seconds_of(lambda: a @ a, 10)
 
 
 def attempt(function, *args) -> list[str]:
@@ -280,8 +289,8 @@ def precision(models: list[str], B: int, G: int, P: int, T: int) -> None:
     loaded = {"tiny": common.load_model("tiny", DEVICE), models[0]: shaped_model(models[0])}
     for name, (model, tokenizer) in loaded.items():
         rollout = common.sample(model, tokenizer, prompts, G, T)
-        logprobs = common.frozen_logprobs(model, rollout, 8192)
-        ratio = (logprobs - rollout.logprobs)[rollout.completion_mask].double().exp()
+        scored = common.frozen_logprobs(model, rollout, 8192)
+        ratio = (scored - rollout.logprobs)[rollout.completion_mask].double().exp()
         cells = [f"{x:.5f}" for x in (ratio.mean(), ratio.std(), ratio.min(), ratio.max())]
         outside = ((ratio - 1).abs() > 0.2).double().mean()
         rows.append([name, f"{len(ratio):,}", *cells, f"{outside:.2%}"])
@@ -289,16 +298,15 @@ def precision(models: list[str], B: int, G: int, P: int, T: int) -> None:
 
 
 def decode(models: list[str], B: int, G: int, P: int, T: int) -> None:
-    prompts, T = [f"{i} ".ljust(P, "x") for i in range(B)], T // 4  # enough
-    n = 2**30 if DEVICE == "cuda" else 2**20
-    x = torch.empty(2, n, dtype=torch.uint8, device=DEVICE)
-    bandwidth = 2 * n / seconds(lambda: x[0].copy_(x[1]), 10)  # bytes per second, read or written
+    prompts = [f"{i} ".ljust(P, "x") for i in range(B)]
+    T = T // 4  # long enough
+    bandwidth, _ = limits()
 
     def cells(name: str) -> list[str]:
         model, tokenizer = shaped_model(name, ends=False)
         tokens = B * G * T
-        ours = tokens / seconds(lambda: common.sample(model, tokenizer, prompts, G, T))
-        theirs = tokens / seconds(lambda: generate(model, tokenizer, prompts, G, T))
+        ours = tokens / seconds_of(lambda: common.sample(model, tokenizer, prompts, G, T))
+        theirs = tokens / seconds_of(lambda: generate(model, tokenizer, prompts, G, T))
         c, weights = model.config, sum(p.numel() for p in model.parameters())
         head_size = c.hidden_size // c.num_attention_heads
         cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head_size  # of a token
@@ -308,17 +316,13 @@ def decode(models: list[str], B: int, G: int, P: int, T: int) -> None:
     rows = [["model", "sample", "generate", "limit", "share of it", "GiB"]]
     rows += [[name, *attempt(cells, name)] for name in models]
     print(f"\n{B} x {G} completions of {T} tokens, prompts of {P}: tokens per second. The limit: a")
-    print(
-        f"bf16 copy of the weights, and the cache, are read per token, at {bandwidth:.3g} bytes/s\n"
-    )
+    print(f"bf16 copy of the weights, and the cache, read per token at {bandwidth:.3g} bytes/s\n")
     print(markdown(rows), flush=True)
 
 
 def updates(models: list[str], B: int, G: int, P: int, T: int) -> None:
     prompts = [f"{i} ".ljust(P, "x") for i in range(B)]
-    k = 8192 if DEVICE == "cuda" else 64
-    a = torch.randn(k, k, dtype=torch.bfloat16, device=DEVICE)
-    peak = 2 * k**3 / seconds(lambda: a @ a, 10)  # operations per second
+    _, peak = limits()
     rows = [["model", "checkpointing", "--micro-batch-tokens", "seconds", "utilisation", "GiB"]]
     for name in models[:2]:
         model, tokenizer = shaped_model(name)
@@ -339,7 +343,7 @@ def updates(models: list[str], B: int, G: int, P: int, T: int) -> None:
 
 def update_cells(model, optimizer, rollout, G: int, tokens: int, peak: float) -> list[str]:
     optimizer.zero_grad()  # what an update that ran out of memory has left
-    took = seconds(lambda: update(model, optimizer, rollout, G, tokens))
+    took = seconds_of(lambda: update(model, optimizer, rollout, G, tokens))
     c = model.config
     head = c.vocab_size * c.hidden_size
     body = sum(p.numel() for p in model.parameters()) - head * (1 if c.tie_word_embeddings else 2)
@@ -369,9 +373,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("benchmark.py", description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     choices = [*ANYWHERE, *ON_A_GPU, []]  # []: none of them is named
-    parser.add_argument("parts", nargs="*", choices=choices, help="default: all that can be")
+    parser.add_argument("parts", nargs="*", choices=choices, help="default: all that run here")
     parser.add_argument("--repeats", type=positive_int, default=5, help="turns (default: 5)")
-    parser.add_argument("--dry-run", action="store_true", help="the GPU's parts, tiny, on a CPU")
+    parser.add_argument("--dry-run", action="store_true", help="the GPU's parts, tiny, anywhere")
     args = parser.parse_args(argv)
     gpu = args.dry_run or torch.cuda.is_available()
     parts = args.parts or [*ANYWHERE, *(ON_A_GPU if gpu else [])]
