@@ -22,7 +22,7 @@ RIGHT = {  # answer: completions
         r"\boxed{72\,\mathrm{km}/\mathrm{h}^2}", r"\boxed{72^\circ}", r"\boxed{72^{\circ}\text{C}}",
         r"\boxed{$72$}", r"\boxed{\(72\).}", r"\boxed{x = 72}", r"\boxed{f(x)=72}",
         r"\boxed{x_{1}=72}", r"\boxed{5 + 67 = 72}", "so $5 + 67 = 72$.", r"\boxed{\sqrt{5184}}",
-        r"\boxed{72\%}", r"\boxed{(72)}", "$5 and $72", r"\[ \boxed{72.} \]", r"it is \(72\).",
+        r"\boxed{72\%}", r"\boxed{(72)}", "$5 and $72", "= $5\n5 + 67 = 72$", r"\[ \boxed{72.} \]", r"it is \(72\).",
         r"\boxed{\frac{144}{2}}", r"\boxed{\text{72}}", r"\boxed{\boxed{72}}", r"\boxed{+72}",
     ],
     "72.00": ["#### 72"],
