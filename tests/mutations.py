@@ -222,7 +222,6 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('all white space is dropped', 'tasks/verifier.py', '(?<!\\w) | (?!\\w)|[ .]+$', ' |[ .]+$', 'verifier'),
     ('6m is 6 metres', 'tasks/symbolic.py', 'units=False', 'units=True', 'verifier'),
     ("threads take each other's verdicts", 'tasks/symbolic.py', 'with LOCK:', 'if True:', 'verifier'),
-    ("a fork shares its parent's process", 'tasks/symbolic.py', 'PROCESSES.get(os.getpid())', 'next(iter(PROCESSES.values()), None)', 'verifier'),
     ('an answer may take a minute', 'tasks/symbolic.py', 'SECONDS = 1 ', 'SECONDS = 60 ', 'verifier'),
     ('a dead process is asked again', 'tasks/symbolic.py', 'if process is None or process.poll() is not None:', 'if process is None:', 'verifier'),
     ('a signal for the run ends the verifier', 'tasks/symbolic.py', 'signal.signal(signum, signal.SIG_IGN)', 'pass', 'verifier'),

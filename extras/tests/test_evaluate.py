@@ -64,7 +64,7 @@ def test_every_completion_has_its_verdict(flags, tmp_path, capsys):
     assert "| sums.jsonl | 5 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("left", [0, 100, 1500, 2300])
+@pytest.mark.parametrize("left", [0, 100, 1700, 2300])
 def test_a_stopped_evaluation_goes_on(left, flags, tmp_path, monkeypatch):
     whole = evaluate.main(flags)
     path = tmp_path / "e/completions.jsonl"
