@@ -29,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=positive_int, default=4, help="answers (default: 4)")
     add("--temperature", type=number(float, 0), default=1.0, help="0: greedy (default: 1)")
     add("--max-new-tokens", type=positive_int, default=512, help="longest answer (default: 512)")
+    add("--system", help="text of a system turn before the prompt")
     add("--no-chat-template", action="store_true", help="feed the raw prompt to the model")
     add("--device", default=device, help=f"cpu, cuda, cuda:1, ... (default: {device})")
     args = parser.parse_args(argv)
@@ -40,9 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     task = make_task(args.task, "test") if args.task else None
-    model, tokenizer = load_model(
-        args.model, args.device, task, chat_template=not args.no_chat_template
-    )
+    template = not args.no_chat_template
+    model, tokenizer = load_model(args.model, args.device, task, template, args.system)
 
     def ask(prompt, reward=lambda texts: [""] * len(texts)) -> None:
         rollout = sample(

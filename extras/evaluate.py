@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import load_model, mean_and_error, sample
 from run import Parser, number, plain_errors, positive_float, positive_int, write
 from tasks import UserError, get_prompts, get_rewards, held_out, make_task
-from tasks.prompts import prompt_text
+from tasks.prompts import leave_out_misfits, prompt_text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +37,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=positive_int, default=4, help="n of each problem (default: 4)")
     add("--temperature", type=positive_float, default=1.0, help="of the samples (default: 1)")
     add("--max-new-tokens", type=positive_int, default=512, help="longest one (default: 512)")
+    add("--whole", action="store_true", help="all of a file, not only the tenth that is held out")
+    add("--system", help="text of a system turn before every prompt")
     add("--no-chat-template", action="store_true", help="feed the raw prompt to the model")
     add("--rows", type=positive_int, default=64, help="completions at a time (default: 64)")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of the samples (default: 0)")
@@ -118,9 +120,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             changed = next(x for x in settings if old["settings"].get(x) != settings[x])
             flag = f"--{changed.replace('_', '-')}"
             raise UserError(f"--out {out} was made with another {flag}: name another directory")
-    tasks = {name: make_task(name, "test") for name in args.task}
+    tasks = {name: make_task(name, "test", args.whole) for name in args.task}
+    template = not args.no_chat_template
+    model, tokenizer = load_model(args.model, args.device, None, template, args.system)
+    leave_out_misfits(model, tokenizer, args.max_new_tokens, *tasks.values())
     batches = {name: split(task, args) for name, task in tasks.items()}
-    model, tokenizer = load_model(args.model, args.device, chat_template=not args.no_chat_template)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "completions.jsonl"
     rows = read_completions(path, args.samples + 1)

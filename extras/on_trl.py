@@ -55,7 +55,7 @@ from gpg import fill_batch, gradient_scale, group_advantages, is_valid
 from run import plain_errors
 from tasks import UserError, get_prompts, get_rewards, held_out, make_task
 from tasks.pairs import read_records
-from tasks.prompts import end_of_answer
+from tasks.prompts import as_messages, end_of_answer
 from tasks.tiny import tiny_model
 
 try:
@@ -242,17 +242,18 @@ def make_dataset(task, split: str, problems: list[int], tokenizer) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def as_chats(prompts: list[str], tokenizer) -> list:
-    if not tokenizer.chat_template:
-        return prompts
-    return [[{"role": "user", "content": prompt}] for prompt in prompts]
+def as_chats(prompts: list, tokenizer) -> list:
+    return [as_messages(prompt) for prompt in prompts] if tokenizer.chat_template else prompts
 
 
 def make_reward(tasks: dict, tokenizer):
     """The tasks of the splits as a reward function for TRL: one problem a row."""
 
+    stop_ids = tokenizer.eos_token_id, end_of_answer(tokenizer)
+
     def task_reward(completion_ids, problem, split, log_metric, **_) -> list[float]:
-        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        rows = [ids[:-1] if ids[-1] in stop_ids else ids for ids in completion_ids]
+        texts = tokenizer.batch_decode(rows)
         rewards, solved = get_rewards(tasks[split[0]], problem, texts)  # [n, 1]
         log_metric("solved", solved.double().mean().item())
         return rewards.flatten().tolist()

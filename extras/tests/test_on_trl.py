@@ -464,7 +464,7 @@ def test_the_bridge_from_a_task(template, directory, tmp_path, monkeypatch):
     rows = [tuple(row[here].tolist()) for row, here in zip(ids, mask, strict=True)]
     rewards = torch.cat(calls["rewards"]).tolist()
     for (prompt, completion), reward in zip(itertools.chain(*calls["ids"]), rewards, strict=True):
-        text = tokenizer.decode(completion, skip_special_tokens=True)
+        text = tokenizer.decode(completion).removesuffix(tokenizer.eos_token)
         problem = rows.index(tuple(prompt))
         assert get_rewards(task, [problem], [text])[0].item() == pytest.approx(reward)
     assert len({tuple(prompt) for prompt, _ in calls["ids"][0]}) == 6
