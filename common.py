@@ -457,16 +457,21 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor) -> dict[str, float]:
 
 def rollout_samples(prompts: list, rollout: Rollout, rewards: Tensor) -> list[dict]:
     """The first three groups of a rollout with rewards [groups, G], for samples.jsonl."""
-    G, mask = rewards.shape[1], rollout.completion_mask
+    G, rewards = rewards.shape[1], rewards[:3].flatten().tolist()
     return [
-        {
-            "group": i // G,
-            "prompt": prompt_text(prompts[i // G]),
-            "completion": rollout.texts[i],
-            "reward": reward,
-            "truncated": rollout.truncated[i].item(),
-            "tokens": rollout.completion_ids[i, mask[i]].tolist(),
-            "logprobs": rollout.logprobs[i, mask[i]].double().round(decimals=3).tolist(),
-        }
-        for i, reward in enumerate(rewards[:3].flatten().tolist())
+        {"group": i // G, "reward": reward} | sample_of_row(prompts[i // G], rollout, i)
+        for i, reward in enumerate(rewards)
     ]
+
+
+def sample_of_row(prompt, rollout: Rollout, i: int) -> dict:
+    """Row i of a rollout, for samples.jsonl."""
+    mask = rollout.completion_mask[i]
+    return {
+        "prompt": prompt_text(prompt),
+        "completion": rollout.texts[i],
+        "truncated": rollout.truncated[i].item(),
+        "prompt_tokens": rollout.prompt_ids[i, rollout.prompt_mask[i]].tolist(),
+        "tokens": rollout.completion_ids[i, mask].tolist(),
+        "logprobs": [round(x, 3) for x in rollout.logprobs[i, mask].tolist()],
+    }

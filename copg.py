@@ -48,6 +48,7 @@ from common import (
     rollout_metrics,
     rollout_samples,
     sample,
+    sample_of_row,
     stop_token_ids,
 )
 from run import (
@@ -80,7 +81,6 @@ from tasks.prompts import (
     end_of_answer,
     leave_out_misfits,
     pad,
-    prompt_text,
     tokens_before_a_text,
     without_misfits,
 )
@@ -417,10 +417,9 @@ def evaluate(model, ref_model, tokenizer, reward_model, task, args) -> tuple[dic
             part["kl"] = (rollout.logprobs - ref).sum(1)  # E_pi[ln pi - ln pi_ref]
             part["length"] = rollout.completion_mask.sum(1)
             part = {name: values.double().cpu().view(-1, k) for name, values in part.items()}
-            for i, text in enumerate(rollout.texts[: 8 - len(samples)]):
-                sample_of = {"prompt": prompt_text(prompts[i // k]), "completion": text}
+            for i in range(min(len(rollout.texts), 8 - len(samples))):
                 scores = {name: round(x.flatten()[i].item(), 3) for name, x in part.items()}
-                samples.append(sample_of | scores)
+                samples.append(scores | sample_of_row(prompts[i // k], rollout, i))
             parts.append(part)
     metrics = {}
     for name in parts[0]:  # the mean over the completions of a prompt, with errors over prompts

@@ -88,10 +88,8 @@ def update(p: np.ndarray, B: int, f_norm="1", alpha=True, beta_th=0.0, keep=np.i
     first, second = (weight * f).sum(), (weight * f**2).sum()
     within = (weight * f**2 / V).sum() * (square - (mean**2).sum())
     variance = within + (second - first**2) * (mean**2).sum()
-    return {
-        "mean": first * mean, "variance": variance, "sampled": groups,
-        "updated": (weight * V).sum(),
-    }  # fmt: skip
+    updated = (weight * V).sum()
+    return {"mean": first * mean, "variance": variance, "sampled": groups, "updated": updated}
 
 
 def update_of_sorted_batches(p: np.ndarray, B: int, alpha: bool) -> np.ndarray:
@@ -123,8 +121,8 @@ def exact_tables(B: int) -> str:
         rows.append([name, f"{cosine(mean, true):.4f}", *(f"{w:.3f}" for w in weights)])
     text = markdown(rows)
     ratios = (1, 4, 16)  # seconds to sample a group / seconds to update with it
-    rows = [["noise of the update", "noise", "sampled", "noise x sampled"]]
-    rows[0] += [f"noise x seconds, {r} : 1" for r in ratios]
+    costs = [f"noise x seconds, {r} : 1" for r in ratios]
+    rows = [["noise of the update", "noise", "sampled", "noise x sampled", *costs]]
     for name, arm in arms.items():
         noise = arm["variance"] / (arm["mean"] ** 2).sum()
         seconds = [(r * arm["sampled"] + arm["updated"]) / (r + 1) for r in ratios]
@@ -213,8 +211,8 @@ def train_arms(B: int, drift: str, optimizer: str) -> dict[str, np.ndarray]:
 
 def training_row(ends: dict[str, np.ndarray]) -> list[str]:
     """Each arm at its best rate; then what alpha adds to alpha = 1, each at its best rate, and both
-    at the rate where alpha = 1 has learnt half of what it can. The rates are chosen on the first
-    ten seeds, the values are of the others."""
+    at the rate where alpha = 1 has learned half of what it can. The rates are chosen on the
+    first ten seeds, the values come from the others."""
     half = SEEDS // 2
     chosen = {arm: values[:, :half].mean(1) for arm, values in ends.items()}  # [rates]
     best = {arm: values.argmax() for arm, values in chosen.items()}
@@ -229,13 +227,11 @@ def training_row(ends: dict[str, np.ndarray]) -> list[str]:
 def draw(results: dict, path: Path) -> None:
     """Success rate at the end against the learning rate: a row per optimizer and B, a column per
     drift. results: {(optimizer, B, drift): {arm: [rates, seeds]}}."""
-    import matplotlib.pyplot as plt  # slow to import
+    from matplotlib.figure import Figure  # slow to import
 
-    plt.switch_backend("Agg")
     settings = list(dict.fromkeys(key[:2] for key in results))
-    figure, axes = plt.subplots(
-        len(settings), 3, figsize=(11, 2.4 * len(settings)), sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=(11, 2.4 * len(settings)), layout="constrained")
+    axes = figure.subplots(len(settings), 3, sharey=True)
     for (optimizer, B), row in zip(settings, axes, strict=True):
         for drift, axis in zip(DRIFTS, row, strict=True):
             for arm, style in zip(ARMS, ("k-", "C3-", "C0--", "C2:"), strict=True):
@@ -249,7 +245,6 @@ def draw(results: dict, path: Path) -> None:
         axis.set_xlabel("learning rate")
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -258,8 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/alpha.png"), help="the figure")
     args = parser.parse_args(argv)
     print(f"A batch of B = 16 groups of {G}, exact\n\n{exact_tables(16)}\n")
-    results, rows = {}, [["optimizer, B, share of dead", *ARMS]]
-    rows[0] += ["alpha - (alpha = 1)", "the same, at a low rate"]
+    gains = ["alpha - (alpha = 1)", "the same, at a low rate"]
+    results, rows = {}, [["optimizer, B, share of dead", *ARMS, *gains]]
     for optimizer in RATES:
         for B in (16, 144):
             for drift in DRIFTS:

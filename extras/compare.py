@@ -2,7 +2,7 @@
 
 Three tables: the methods with B = 16 and with B = 64 prompts per step (tables 1, 9 and 15 of the
 GPG paper), and the group size with 128 completions per step (its table 11). All methods that sample
-again have the same cap on the rounds of a step. The learning rate of each is chosen by its accuracy
+again have the same cap on the rounds per step. The learning rate of each is chosen by its accuracy
 after equal numbers of completions, from a grid that widens until the best is inside, with a seed
 that is not reported and on other draws of the test problems. Five other seeds are reported.
 
@@ -84,8 +84,7 @@ TABLES = [
 
 
 def run(method: Method, B: int, G: int, rate: str, seed: int, steps: int, args) -> np.ndarray:
-    """Bring one run to its last step -> its curve. Raises UserError with what the run says if it
-    fails."""
+    """Bring one run to its last step -> its curve. Raises UserError if the run fails."""
     out = args.out / args.task / f"{method.name}-B{B}-G{G}-{rate}-{seed}"
     if not finished(out, steps):
         script, *flags = (
@@ -94,10 +93,9 @@ def run(method: Method, B: int, G: int, rate: str, seed: int, steps: int, args) 
         flags += f"--lr {rate} --steps {steps} --schedule constant".split()
         flags += [*seed_flags(seed), *where(out)]
         tqdm.write(" ".join(["python", script, *flags]))
-        result = subprocess.run(
-            [sys.executable, ROOT / script, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True,
-        )  # fmt: skip
+        command = [sys.executable, ROOT / script, *flags]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=env, capture_output=True, text=True)
         if result.returncode:
             raise UserError(f"{out.name}: {result.stderr.strip()[-500:]}")
         if not finished(out, steps):
@@ -121,23 +119,24 @@ def measure(table: Table, args) -> str:
 
     def best_rate(row) -> str:
         def accuracy(rate: str) -> float:
-            sampled, _, accuracy = run(*row, rate, SELECTION_SEED, table.steps, args)
-            return np.interp(budget, sampled, accuracy)
+            completions, _, accuracies = run(*row, rate, SELECTION_SEED, table.steps, args)
+            return np.interp(budget, completions, accuracies)
 
         return climb(RATES, range(1, 4), accuracy)
 
+    def reported(job) -> np.ndarray:
+        seed, row, rate = job
+        return run(*row, rate, seed, table.steps, args)
+
     with ThreadPoolExecutor(args.jobs) as pool:
         rates = list(pool.map(best_rate, table.rows))
-        jobs = [(i, seed) for seed in range(args.seeds) for i in range(len(rates))]
-        curves = pool.map(
-            lambda job: run(*table.rows[job[0]], rates[job[0]], job[1], table.steps, args), jobs
-        )
-        runs = {i: [] for i in range(len(rates))}
-        for (i, _), values in zip(jobs, curves, strict=True):
-            runs[i].append(values)
+        rows = list(zip(table.rows, rates, strict=True))
+        curves = pool.map(reported, [(seed, *row) for seed in range(args.seeds) for row in rows])
+        curves = list(curves)  # all methods with seed 0, then with seed 1, ...
+    runs = [curves[i :: len(rows)] for i in range(len(rows))]
     methods = [method for method, _, _ in table.rows]
     head = f"{args.task}, {table.name}"
-    return format_table(head, methods, rates, list(runs.values()), budget, table.steps)
+    return format_table(head, methods, rates, runs, budget, table.steps)
 
 
 def format_table(head: str, methods, rates, runs, budget: int, steps: int) -> str:
@@ -148,18 +147,16 @@ def format_table(head: str, methods, rates, runs, budget: int, steps: int) -> st
         values = [np.interp(x, run[axis], run[2]) for run in seeds]
         return mean_and_error(values).replace("0.", ".")
 
-    heads = [
-        head, "paper", "learning rate", f"{budget // 3:,} completions", f"{budget:,} completions",
-        f"{least:.0f} s", f"{steps} steps", "these took",
-    ]  # fmt: skip
-    lines = [heads]
+    budgets = [f"{budget // 3:,} completions", f"{budget:,} completions"]
+    lines = [
+        [head, "paper", "learning rate", *budgets, f"{least:.0f} s", f"{steps} steps", "these took"]
+    ]
     for method, rate, seeds in zip(methods, rates, runs, strict=True):
         completions, seconds, _ = np.mean([run[:, -1] for run in seeds], 0)
-        lines.append([
-            method.label, method.paper, rate, cell(seeds, 0, budget / 3), cell(seeds, 0, budget),
-            cell(seeds, 1, least), cell(seeds, 0, np.inf),
-            f"{completions:,.0f} completions, {seconds:.0f} s",
-        ])  # fmt: skip
+        cells = [cell(seeds, 0, budget / 3), cell(seeds, 0, budget)]
+        cells += [cell(seeds, 1, least), cell(seeds, 0, np.inf)]
+        cost = f"{completions:,.0f} completions, {seconds:.0f} s"
+        lines.append([method.label, method.paper, rate, *cells, cost])
     return markdown(lines)
 
 
@@ -167,8 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("compare.py", description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     add = parser.add_argument
-    add("--task", default="add-hard", help="as of gpg.py (default: add-hard)")
-    add("--seeds", type=positive_int, default=5, help="reported runs of a method (default: 5)")
+    add("--task", default="add-hard", help="of gpg.py (default: add-hard)")
+    add("--seeds", type=positive_int, default=5, help="reported runs per method (default: 5)")
     add("--jobs", type=positive_int, default=2, help="runs at a time (default: 2)")
     add("--out", type=Path, default=ROOT / "runs" / "compare", help="default: runs/compare")
     args = parser.parse_args(argv)

@@ -22,12 +22,16 @@ RLOOTrainer into CoPG, with the functions of gpg.py and copg.py.
 | a prompt beyond the model's context  | is not refused                                          |
 | a step without a valid group         | skipped, too; DeepSpeed: made, at a learning rate of 0  |
 | runs, metrics, resuming              | those of TRL: --output_dir, --report_to ...             |
+| all weights are trained              | --use_peft: adapters (LoRA) of frozen weights           |
 
     accelerate launch extras/on_trl.py gpg  --model Qwen/Qwen2.5-7B-Instruct --task gsm8k
     accelerate launch extras/on_trl.py copg --model Qwen/Qwen2.5-7B-Instruct --data pairs.jsonl
 
 Every flag of TRL's GRPOConfig or RLOOConfig works, too; its --beta is CoPG's. For GPG,
 --eval_strategy steps evaluates on 200 held-out problems: eval_reward and eval_solved.
+--use_peft, with TRL's --lora_r, --lora_alpha, --lora_target_modules ..., trains LoRA adapters (pip
+install peft). They are saved in the folder `adapter` and, except with DeepSpeed and FSDP, merged
+into the model that is saved.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -51,13 +55,14 @@ from gpg import fill_batch, gradient_scale, group_advantages, is_valid
 from run import plain_errors
 from tasks import UserError, get_prompts, get_rewards, held_out, make_task
 from tasks.pairs import read_records
-from tasks.prompts import end_of_answer
+from tasks.prompts import as_messages, end_of_answer
 from tasks.tiny import tiny_model
 
 try:
     import trl
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
+    from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer, TrlParser
+    from trl import get_peft_config as trl_peft_config
     from trl.trainer.utils import pad
 
     if not trl.__version__.startswith("1.16."):  # its private methods are overridden below
@@ -75,8 +80,14 @@ def say(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+# TRL's flags of LoRA; without its dropout, which --disable_dropout would undo.
+NAMES = "use_peft lora_r lora_alpha lora_target_modules lora_target_parameters lora_modules_to_save"
+LORA = [x for x in fields(ModelConfig) if x.name in f"{NAMES} use_rslora use_dora".split()]
+LoRA = make_dataclass("LoRA", [(x.name, x.type, say(x.default, x.metadata["help"])) for x in LORA])
+
+
 @dataclass
-class Arguments:
+class Arguments(LoRA):
     model: str = say("tiny", "tiny, a Hugging Face directory or id")
     no_chat_template: bool = say(False, "give the model the bare prompt")
 
@@ -231,17 +242,18 @@ def make_dataset(task, split: str, problems: list[int], tokenizer) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def as_chats(prompts: list[str], tokenizer) -> list:
-    if not tokenizer.chat_template:
-        return prompts
-    return [[{"role": "user", "content": prompt}] for prompt in prompts]
+def as_chats(prompts: list, tokenizer) -> list:
+    return [as_messages(prompt) for prompt in prompts] if tokenizer.chat_template else prompts
 
 
 def make_reward(tasks: dict, tokenizer):
     """The tasks of the splits as a reward function for TRL: one problem a row."""
 
+    stop_ids = tokenizer.eos_token_id, end_of_answer(tokenizer)
+
     def task_reward(completion_ids, problem, split, log_metric, **_) -> list[float]:
-        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        rows = [ids[:-1] if ids[-1] in stop_ids else ids for ids in completion_ids]
+        texts = tokenizer.batch_decode(rows)
         rewards, solved = get_rewards(tasks[split[0]], problem, texts)  # [n, 1]
         log_metric("solved", solved.double().mean().item())
         return rewards.flatten().tolist()
@@ -262,8 +274,10 @@ def gpg_trainer(args: GPGArguments, config: GPGConfig) -> GPGTrainer:
     if config.eval_strategy != "no":
         problems = [i for batch in held_out(tasks["test"], 200) for i in batch]
         eval_data = make_dataset(tasks["test"], "test", problems, tokenizer)
-    reward = make_reward(tasks, tokenizer)
-    return GPGTrainer(model, reward, config, data, eval_data, processing_class=tokenizer)
+    reward, lora = make_reward(tasks, tokenizer), lora_config(args)
+    return GPGTrainer(
+        model, reward, config, data, eval_data, processing_class=tokenizer, peft_config=lora
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,7 +334,10 @@ def copg_trainer(args: CoPGArguments, config: CoPGConfig) -> CoPGTrainer:
             "scores": [record.rewards for record in records],
         }
     )
-    return CoPGTrainer(model, given_reward, config, dataset, processing_class=tokenizer)
+    lora = lora_config(args)  # the reference is the model without the adapters
+    return CoPGTrainer(
+        model, given_reward, config, dataset, processing_class=tokenizer, peft_config=lora
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -335,6 +352,15 @@ def find_model(args, task=None):
     if args.no_chat_template:
         tokenizer.chat_template = None
     return name, tokenizer
+
+
+def lora_config(args):
+    """The LoraConfig of the flags, or None. Raises UserError."""
+    flags = {x.name: getattr(args, x.name) for x in LORA}
+    changed = [x.name for x in LORA if flags[x.name] != x.default]
+    if changed and not args.use_peft:
+        raise UserError(f"--{changed[0]} has no effect without --use_peft")
+    return trl_peft_config(ModelConfig(lora_dropout=0.0, **flags))
 
 
 class Parser(run.Parser, TrlParser):
@@ -360,7 +386,14 @@ def main(argv: list[str] | None = None) -> GPGTrainer | CoPGTrainer:
     except (ValueError, OSError) as error:  # TRL's and transformers' own checks
         raise UserError(" ".join(str(error).split())) from error
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()  # a Hugging Face directory: output_dir
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if args.use_peft:
+        trainer.save_model(f"{config.output_dir}/adapter")
+    if args.use_peft and not sharded:  # in fp32: bf16 would round the sum
+        model = trainer.accelerator.unwrap_model(trainer.model).to("cpu", torch.float32)
+        trainer.model = model.merge_and_unload()
+    if not (args.use_peft and sharded):
+        trainer.save_model()  # a Hugging Face directory: output_dir
     trainer.save_state()  # with all metrics: trainer_state.json
     return trainer
 

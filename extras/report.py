@@ -23,8 +23,8 @@ import grpo
 from common import Rollout, frozen_logprobs, load_model
 from run import Parser, describe, number, plain_errors
 from tasks import UserError, first_problem, get_prompts, make_task
-from tasks.pictures import data_uri, is_vision
-from tasks.prompts import check_token_ids, encode_prompts, end_of_answer, pad
+from tasks.pictures import data_uri, is_vision, read_pictures
+from tasks.prompts import check_token_ids, leave_out_misfits, pad, prompt_text
 
 
 def read_run(path: Path, most_steps: int) -> dict:
@@ -49,7 +49,8 @@ def read_run(path: Path, most_steps: int) -> dict:
     # copg.py's evaluations do not number their groups: one is the completions of a prompt.
     groups = itertools.groupby(samples, lambda s: (s["step"], s.get("group", s["prompt"])))
     groups = [make_group(config, list(rows)) for _, rows in groups]
-    return {"name": str(path), "config": config, "metrics": metrics, "groups": groups}
+    run = {"name": str(path), "config": config, "metrics": metrics, "groups": groups}
+    return run | {"checkpoint": str(path / "checkpoint")}
 
 
 def read_sample(line: str) -> dict:
@@ -57,9 +58,10 @@ def read_sample(line: str) -> dict:
     text = json.dumps(json.loads(line), ensure_ascii=False)
     sample = json.loads(text.encode(errors="replace"))  # no tokenizer takes a lone surrogate
     tokens, logprobs = sample.get("tokens", []), sample.get("logprobs", [])
-    whole = [sample["step"], sample.get("group", 0), *tokens]
+    whole = [sample["step"], sample.get("group", 0), *tokens, *sample.get("prompt_tokens", [])]
     numbers = [sample.get(name, 0) for name in ("reward", "utility", "kl", "length")]
     right = isinstance(sample["prompt"], str) and isinstance(sample["completion"], str)
+    right &= ("tokens" in sample) == ("prompt_tokens" in sample)
     right &= all(type(x) is int and 0 <= x < 2**31 for x in whole)
     right &= all(map(math.isfinite, [*numbers, *logprobs])) and len(tokens) == len(logprobs)
     if not right:
@@ -95,47 +97,46 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
     return texts
 
 
-def load_prompts(run: dict) -> list:
-    """The prompt of each group as the model saw it. Only its text is in samples.jsonl; a picture
-    comes from the task: a group's problem follows from the rounds of the steps before."""
-    prompts, config = [group["prompt"] for group in run["groups"]], run["config"]
-    model_config = AutoConfig.from_pretrained(f"{run['name']}/checkpoint")
-    if not config.get("task") or not is_vision(model_config):
-        return prompts
-    task, step = make_task(config["task"]), run["metrics"]["step"]
+def load(run: dict, name: str, task):
+    """(model, tokenizer), with the run's flags."""
+    template, system = not run["config"]["no_chat_template"], run["config"].get("system")
+    return load_model(name, "cuda" if torch.cuda.is_available() else "cpu", task, template, system)
+
+
+def find_pictures(run: dict, task) -> None:
+    """Add each trained group's picture: the rounds of the steps before tell its problem."""
+    config, step = run["config"], run["metrics"]["step"]
+    leave_out_misfits(*load(run, run["checkpoint"], task), config["max_new_tokens"], task)
     rounds = np.nan_to_num(run["metrics"].get("rounds", step > 0))
-    for i, group in enumerate(run["groups"]):
+    for group in run["groups"]:
         if group["group"] is not None:
             before = int(rounds[step < group["step"]].sum()) * config["prompts"]
             problem = first_problem(config["seed"]) + before + group["group"]
             (prompt,) = get_prompts(task, [problem])
-            if isinstance(prompt, dict) and prompt["text"] == prompts[i]:
-                prompts[i], group["image"] = prompt, data_uri(prompt["image"])
-    return prompts
+            if isinstance(prompt, dict) and prompt_text(prompt) == group["prompt"]:
+                group["image"] = data_uri(prompt["image"])
 
 
-def rescore(run: dict, prompts: list) -> None:
+def rescore(run: dict, task) -> None:
     """Add the log-probs of the tokens `before` and `after` training. Raises UserError."""
-    config, temperature = run["config"], run["config"].get("temperature", 1.0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    task = make_task(config["task"]) if config.get("task") else None
-    template = not config["no_chat_template"]
-    for when, name in (("before", config["model"]), ("after", f"{run['name']}/checkpoint")):
-        model, tokenizer = load_model(name, device, task, chat_template=template)
-        for prompt, group in zip(prompts, run["groups"], strict=True):
-            rows = group["rows"]
-            for row in rows:  # copg.py's evaluations keep no tokens
-                if "tokens" not in row:
-                    ids = tokenizer(row["completion"], add_special_tokens=False).input_ids
-                    row["tokens"] = ids or [end_of_answer(tokenizer)]
-            tokens, texts = [row["tokens"] for row in rows], [row["completion"] for row in rows]
-            check_token_ids(model, tokens, texts, 0)
+    for when, name in (("before", run["config"]["model"]), ("after", run["checkpoint"])):
+        model, tokenizer = load(run, name, task)
+        image_id = getattr(model.config, "image_token_id", None)
+        for group in run["groups"]:
+            rows = [row for row in group["rows"] if "tokens" in row]
+            prompt = {"image": group.get("image"), "text": "", "where": group["prompt"]}
+            if not rows or (image_id in rows[0]["prompt_tokens"] and not prompt["image"]):
+                continue
+            images = read_pictures(tokenizer, [prompt if prompt["image"] else ""] * len(rows))
+            fields = ("prompt_tokens", "tokens", "completion")
+            prompt_tokens, tokens, texts = ([row[x] for row in rows] for x in fields)
+            check_token_ids(model, prompt_tokens + tokens, texts * 2, 0)
             ids, mask = pad(tokens, "right", model.device)  # [G, T]
-            *prompt_ids, images = encode_prompts(model, tokenizer, [prompt] * len(rows), 0)
             nothing = torch.zeros(ids.shape, device=ids.device), ~mask[:, 0]  # log-probs, truncated
+            prompt_ids = pad(prompt_tokens, "left", model.device)  # with their mask
             rollout = Rollout(*prompt_ids, ids, mask, *nothing, texts, pictures=images)
-            scored = frozen_logprobs(model, rollout, 8192, temperature).tolist()
-            for row, logprobs in zip(rows, scored, strict=True):
+            scored = frozen_logprobs(model, rollout, 8192, run["config"].get("temperature", 1.0))
+            for row, logprobs in zip(rows, scored.tolist(), strict=True):
                 row[when] = [round(x, 3) for x in logprobs[: len(row["tokens"])]]
 
 
@@ -180,12 +181,16 @@ def main(argv: list[str] | None = None) -> None:
     runs = [read_run(path, args.steps) for path in args.runs]
     for run in runs:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(f"{run['name']}/checkpoint")
-            prompts = load_prompts(run)
+            tokenizer = AutoTokenizer.from_pretrained(run["checkpoint"])
+            vision = is_vision(AutoConfig.from_pretrained(run["checkpoint"]))
         except (OSError, ValueError) as error:
-            raise UserError(f"{run['name']}/checkpoint: not readable ({error!r:.200})") from error
+            raise UserError(f"{run['checkpoint']}: not readable ({error!r:.200})") from error
+        task = run["config"].get("task") if vision or args.rescore else None
+        task = make_task(task) if task else None
+        if vision and task:
+            find_pictures(run, task)
         if args.rescore:
-            rescore(run, prompts)
+            rescore(run, task)
         for row in (row for group in run["groups"] for row in group["rows"] if "tokens" in row):
             row["tokens"] = token_texts(tokenizer, row["tokens"])
     args.out.write_text(page(runs), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""What these scripts share: reading runs, the search of a grid, tables."""
+"""Shared by these scripts: reading runs, searching a grid, tables."""
 
 import csv
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ def finished(run: Path, steps: int) -> bool:
 
 
 def where(run: Path) -> list[str]:
-    """The flag that starts a run in this directory or, if it has been interrupted, continues it."""
+    """The flag that starts a run in this directory, or continues an interrupted one."""
     return ["--resume" if (Path(run) / "config.json").exists() else "--out", str(run)]
 
 
@@ -46,27 +46,28 @@ SELECTION_SEED = 100  # of the runs that choose; the reported seeds are 0, 1, 2,
 
 
 def seed_flags(seed: int) -> list[str]:
-    """The runs that choose a hyper-parameter have problems of their own, too."""
-    return ["--seed", str(seed), *(["--eval-first", "200"] if seed == SELECTION_SEED else [])]
+    """Runs that choose a hyper-parameter are also evaluated on problems of their own."""
+    flags = ["--seed", str(seed)]
+    if seed == SELECTION_SEED:
+        flags += ["--eval-first", "200"]
+    return flags
 
 
-def climb(grid: list, start: Iterable[int], value: Callable) -> object:
+def climb(grid: list, start: Sequence[int], value: Callable) -> object:
     """The x of the grid with the highest value(x), once both of its neighbours have been tried.
 
-    Begins with the indices `start` and goes on beyond their edge while the best one is the edge. A
-    value of NaN is the worst.
+    Tries the indices `start`, then the neighbours of the best. NaN is the lowest value.
     """
-    values = {i: np.nan_to_num(value(grid[i]), nan=-np.inf) for i in start}
-    while True:
+    values, new = {}, start
+    while new:
+        values |= {i: np.nan_to_num(value(grid[i]), nan=-np.inf) for i in new}
         best = max(values, key=values.get)
-        unknown = [i for i in (best - 1, best + 1) if 0 <= i < len(grid) and i not in values]
-        if not unknown:
-            return grid[best]
-        values |= {i: np.nan_to_num(value(grid[i]), nan=-np.inf) for i in unknown}
+        new = [i for i in (best - 1, best + 1) if 0 <= i < len(grid) and i not in values]
+    return grid[best]
 
 
 def mean_and_error(values: Sequence[float], sign: str = "") -> str:
-    """The mean of the values with its standard error, which one value does not have."""
+    """The mean of the values with its standard error, if there is more than one."""
     text = f"{np.mean(values):{sign}.3f}"
     if len(values) > 1:
         text += f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"

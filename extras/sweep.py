@@ -49,9 +49,9 @@ END = {  # what the table shows
 
 
 def run(directory: Path, flags: list[str]) -> dict[str, np.ndarray]:
-    """Bring one run to its last step -> {column: a value at each evaluation}, the last row NaN if
-    its gradient became NaN or infinite."""
-    args = copg.parse_args([*flags, *where(directory)])  # also: are these the flags it began with?
+    """Bring one run to its last step -> {column: a value at each evaluation}, the last value NaN if
+    the gradient became non-finite."""
+    args = copg.parse_args([*flags, *where(directory)])  # a run that began with others is refused
     n = args.pairs
     if args.data:
         n = sum(not record.held_out for record in read_records(args.data))
@@ -121,17 +121,17 @@ def table(tried: dict, best: dict) -> str:
 
 def draw(tried: dict, best: dict, out: Path) -> None:
     """sweep.png. tried: {loss: {beta: curve}}, best: {loss: (beta, [curve of each seed])}."""
-    import matplotlib.pyplot as plt  # slow to import
+    from matplotlib import colormaps  # slow to import
+    from matplotlib.figure import Figure
 
-    plt.switch_backend("Agg")
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    axes = figure.subplots(2, 4)
     for axis, (loss, curves) in zip(axes[0], tried.items(), strict=False):
         for i, beta in enumerate(sorted(curves)):
-            style = {
-                "color": plt.cm.viridis(0.9 * i / len(curves)),
-                "lw": 2.5 if beta == best[loss][0] else 1,
-            }
-            axis.plot(curves[beta]["step"], curves[beta]["eval_reward"], **style, label=f"{beta:g}")
+            x, y = curves[beta]["step"], curves[beta]["eval_reward"]
+            color = colormaps["viridis"](0.9 * i / len(curves))
+            lw = 2.5 if beta == best[loss][0] else 1
+            axis.plot(x, y, color=color, lw=lw, label=f"{beta:g}")
         axis.set(xlabel="step", ylabel="reward", title=f"{loss}, by beta; the best is thick")
     figure_5, figure_6, reward_kl, utility_kl = axes[1]
     for number, (loss, curves) in enumerate(tried.items()):
@@ -158,20 +158,16 @@ def draw(tried: dict, best: dict, out: Path) -> None:
         else:
             axis.set_axis_off()
     figure.savefig(out, dpi=80)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("sweep.py", description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
-    parser.add_argument(
-        "--losses", nargs="+", choices=PAPER, default=list(PAPER), help="(default: all)"
-    )
-    parser.add_argument(
-        "--betas", nargs="+", type=float, choices=BETAS, default=[],
-        help="where the search of each begins (default: the paper's grid)",
-    )  # fmt: skip
+    start = "where the search of each loss begins (default: the paper's grid)"
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
+    add("--losses", nargs="+", choices=PAPER, default=list(PAPER), help="default: all")
+    add("--betas", nargs="+", type=float, choices=BETAS, default=[], help=start)
     args, flags = parser.parse_known_args(argv)
     for flag in "--loss", "--beta", "--seed", "--eval-first", "--resume":
         if any(word.split("=")[0] == flag for word in flags):

@@ -24,7 +24,8 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # Prose may end in TeX or a tuple, whose last number is only a part. "$5 and $6" is no TeX.
 SPAN = re.compile(
-    r"(?<!\\)\$(?=\S)[^$]+(?<=\S)\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]|[(\[][-+\d./ ]+,[-+\d./, ]+[)\]]",
+    r"(?<!\\)\$(?=\S)[^$\n]+(?<=\S)\$(?!\d)"
+    r"|\\\(.+?\\\)|\\\[.+?\\\]|[(\[][-+\d./ ]+,[-+\d./, ]+[)\]]",
     re.DOTALL,
 )
 

@@ -471,7 +471,10 @@ def test_evaluate(monkeypatch, tmp_path, judge, task):
             for k, row in enumerate(group):
                 of_row = {name: pytest.approx(x[k], abs=6e-4) for name, x in values.items() if x}
                 shown.append({"prompt": prompt, "completion": row.text} | of_row)
-    assert samples == shown[:8]
+                shown[-1]["tokens"] = row.tokens
+                shown[-1]["logprobs"] = pytest.approx(row.old.tolist(), abs=6e-4)
+    assert len(samples) == len(shown[:8])
+    assert all(a | b == a for a, b in zip(samples, shown, strict=False))
     for name, numbers in expected.items():
         if numbers:
             assert found.pop(f"eval_{name}") == pytest.approx(mean(numbers), rel=1e-4)

@@ -184,6 +184,7 @@ def test_rollout_samples():
         "completion": "answer 3",
         "reward": 0,
         "truncated": True,
+        "prompt_tokens": [1],
         "tokens": [1] * 4,
         "logprobs": [-2.077, -2.0, -1.923, -1.846],
     }

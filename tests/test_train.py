@@ -244,6 +244,7 @@ class Stage:
             assert [s["group"] for s in shown] == [i // G for i in range(len(kept))]
             assert [s["prompt"] for s in shown] == [prompts[s["group"]] for s in shown]
             assert [s["reward"] for s in shown] == pytest.approx([r.reward for r in kept], abs=1e-5)
+            assert [s["prompt_tokens"][-1] for s in shown] == [row.before for row in kept]
             assert [s["tokens"] for s in shown] == [row.tokens for row in kept]
             for s, row in zip(shown, kept, strict=True):
                 assert s["logprobs"] == pytest.approx(row.old.tolist(), abs=1e-3)

@@ -22,7 +22,8 @@ RIGHT = {  # answer: completions
         r"\boxed{72\,\mathrm{km}/\mathrm{h}^2}", r"\boxed{72^\circ}", r"\boxed{72^{\circ}\text{C}}",
         r"\boxed{$72$}", r"\boxed{\(72\).}", r"\boxed{x = 72}", r"\boxed{f(x)=72}",
         r"\boxed{x_{1}=72}", r"\boxed{5 + 67 = 72}", "so $5 + 67 = 72$.", r"\boxed{\sqrt{5184}}",
-        r"\boxed{72\%}", r"\boxed{(72)}", "$5 and $72", r"\[ \boxed{72.} \]", r"it is \(72\).",
+        r"\boxed{72\%}", r"\boxed{(72)}", "$5 and $72", "= $5\n5 + 67 = 72$",
+        r"\[ \boxed{72.} \]", r"it is \(72\).",
         r"\boxed{\frac{144}{2}}", r"\boxed{\text{72}}", r"\boxed{\boxed{72}}", r"\boxed{+72}",
     ],
     "72.00": ["#### 72"],
@@ -250,7 +251,8 @@ def test_a_fork_does_not_use_its_parents_process():
     assert is_correct(r"\boxed{1+x}", "x+1")
     child = os.fork()
     if child == 0:
-        os._exit(0 if is_correct(r"\boxed{z+x}", "x+z") and not is_correct("$x-2$", "2-x") else 1)
+        right = is_correct(r"\boxed{z+x}", "x+z") and not is_correct(r"\boxed{x-2}", "2-x")
+        os._exit(0 if right and os.getpid() in symbolic.PROCESSES else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert is_correct(r"\boxed{y+x}", "x+y") and not is_correct(r"\boxed{y-x}", "x-y")
 

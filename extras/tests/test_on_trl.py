@@ -3,6 +3,7 @@
 With two processes, torchrun runs this file as a script, and its first process compares.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -73,7 +74,7 @@ class Gradient(TrainerCallback):
 
 
 def flat(gradient) -> torch.Tensor:
-    return torch.cat([x.flatten() for x in gradient])
+    return torch.cat([x.flatten() for x in gradient if x is not None])  # None: frozen
 
 
 def run_one_step(monkeypatch, command, base, flags):
@@ -160,6 +161,9 @@ CASES = {  # flags, and what the rollout has to show
     "std": ["--beta_th", "0", "--f_norm", "std"],
     "accumulation": ["--beta_th", "0.9", "--max_rounds", "2", "--seed", "6"],
 }
+LORA = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear"]
+if importlib.util.find_spec("peft"):
+    CASES["LoRA"] = ["--beta_th", "0", *LORA]
 WRONG = {"grpo": ["--loss_type", "grpo"], "bnpo": ["--loss_type", "bnpo"]}
 
 
@@ -171,8 +175,12 @@ def gpg_difference(monkeypatch, directory, out, name, rows=36) -> dict:
     rows //= int(os.environ.get("WORLD_SIZE", "1"))
     flags = [*GPG_FLAGS, *flags, "--per_device_train_batch_size", str(rows)]
     flags += ["--model", str(directory), "--task", "Bytes-v0", "--output_dir", str(out)]
+    if name == "LoRA":
+        begin_elsewhere(monkeypatch, "gpg")
     gradient, calls, trainer = run_one_step(monkeypatch, "gpg", GRPOTrainer, flags)
     model, _ = common.load_model(str(directory), "cpu")
+    if name == "LoRA":
+        with_adapters(model, trainer)
     f_norm = "std" if "std" in flags else "1"
     right, valid, alpha = gpg_gradient(model, calls, "--no_alpha" not in flags, f_norm)
     right, gradient = flat(right), flat(gradient)
@@ -184,7 +192,7 @@ def gpg_difference(monkeypatch, directory, out, name, rows=36) -> dict:
     }  # fmt: skip
 
 
-def copg_difference(monkeypatch, directory, out, K, rows=12) -> float:
+def copg_difference(monkeypatch, directory, out, K, lora=False, rows=12) -> float:
     rows_of_a_step = rows
     rows //= int(os.environ.get("WORLD_SIZE", "1"))
     data = Path(out).with_suffix(".jsonl")
@@ -199,18 +207,11 @@ def copg_difference(monkeypatch, directory, out, K, rows=12) -> float:
     flags = [*COMMON, "--num_generations", str(K), "--per_device_train_batch_size", str(rows // 2)]
     flags += ["--gradient_accumulation_steps", "2", "--model", str(directory), "--beta", "0.3"]
     flags += ["--data", str(data), "--output_dir", str(out)]
+    flags += LORA if lora else []
     moved, reference = (common.load_model(str(directory), "cpu")[0] for _ in range(2))
-    move(moved)
-    make = on_trl.COMMANDS["copg"][2]
-
-    def away_from_the_reference(*args):
-        trainer = make(*args)
-        move(trainer.model)
-        return trainer
-
-    classes = on_trl.COMMANDS["copg"][:2]
-    monkeypatch.setitem(on_trl.COMMANDS, "copg", (*classes, away_from_the_reference))
+    begin_elsewhere(monkeypatch, "copg")
     gradient, calls, trainer = run_one_step(monkeypatch, "copg", RLOOTrainer, flags)
+    with_adapters(moved, trainer) if lora else move(moved)
     given = {}  # (prompt's ids, completion's ids) as copg.py encodes them -> reward
     for line in lines:
         ends = line.get("ends") or [end_of_answer(trainer.processing_class)] * K
@@ -229,11 +230,37 @@ def copg_difference(monkeypatch, directory, out, K, rows=12) -> float:
     return ((flat(gradient) - right).norm() / right.norm()).item()
 
 
+def begin_elsewhere(monkeypatch, command) -> None:
+    """The policy of the next trainer is not its reference; new adapters would do nothing."""
+    *classes, make = on_trl.COMMANDS[command]
+
+    def moved(*args):
+        trainer = make(*args)
+        move(trainer.model)
+        return trainer
+
+    monkeypatch.setitem(on_trl.COMMANDS, command, (*classes, moved))
+
+
 def move(model) -> None:
+    """Its parameters that are trained."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
             p += 0.02 * torch.randn(p.shape, generator=generator)
+
+
+def with_adapters(model, trainer) -> None:
+    """Put the trainer's adapters into the layers of a model. The one step has not moved them: the
+    learning rate begins at 0."""
+    from peft import PeftModel
+
+    trainer.accelerator.wait_for_everyone()  # the first process writes
+    folder = f"{trainer.args.output_dir}/adapter"
+    PeftModel.from_pretrained(model, folder, is_trainable=True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 7 * 2 and all(p.abs().max() > 0 for p in trained.values())
+    assert all("lora" in name for name in trained)
 
 
 @pytest.fixture
@@ -267,6 +294,33 @@ def test_other_losses_of_trl_are_not_gpg(name, directory, tmp_path, monkeypatch)
 @pytest.mark.parametrize("K", [2, 4])
 def test_copg_gradient(K, directory, tmp_path, monkeypatch):
     assert copg_difference(monkeypatch, directory, tmp_path / "out", K) < 1e-5
+
+
+def test_copg_gradient_of_adapters(directory, tmp_path, monkeypatch):
+    """The reference is the model without them."""
+    pytest.importorskip("peft")
+    assert copg_difference(monkeypatch, directory, tmp_path / "out", 2, lora=True) < 1e-5
+
+
+def test_adapters_are_merged_into_the_model_that_is_saved(directory, tmp_path):
+    """With a base in bf16, too, which would round the sum. Nothing but the adapters is trained."""
+    peft = pytest.importorskip("peft")
+    flags = [*GPG_FLAGS, *LORA, "--model", str(directory), "--output_dir", str(tmp_path / "out")]
+    flags += ["--task", "Bytes-v0", "--per_device_train_batch_size", "24", "--max_steps", "3"]
+    flags += ["--warmup_steps", "0", "--learning_rate", "1e-2", "--lora_alpha", "8"]
+    on_trl.main(["gpg", *flags, "--model_init_kwargs", '{"dtype": "bfloat16"}'])
+    merged, _ = common.load_model(str(tmp_path / "out"), "cpu")
+    model, _ = common.load_model(str(directory), "cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16().float())
+    assert torch.equal(merged.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    rollout = as_rollout([([65, 66], [97 + i, 98, 99 + i]) for i in range(8)])
+    scores = [common.completion_logprobs(x, rollout).detach() for x in (model, merged)]
+    peft.PeftModel.from_pretrained(model, tmp_path / "out" / "adapter")
+    with_adapters = common.completion_logprobs(model, rollout).detach()
+    assert (scores[0] - scores[1]).abs().max() > 0.05
+    torch.testing.assert_close(with_adapters, scores[1], atol=1e-4, rtol=0)
 
 
 def dead_steps(directory, out, deepspeed=False) -> list[bool]:
@@ -354,7 +408,8 @@ def two_processes(model_dirs, tmp_path_factory):
         gpg.train(gpg.parse_args([*flags, "--device", "cpu", "--out", "first"]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    names = [*CASES, "bnpo", "K=2", "K=4", "dead", "learn"]
+    names = [*CASES, "bnpo", "K=2", "K=4", *(["K=2 LoRA"] if "LoRA" in CASES else [])]
+    names += ["dead", "learn"]  # the last one ends the process group
     result = subprocess.run(
         [*program, __file__, str(directory), str(folder), *names],
         capture_output=True, text=True, env=environment, cwd=folder,
@@ -370,7 +425,7 @@ def test_gpg_gradient_with_two_processes(name, two_processes):
 
 def test_copg_and_the_rest_with_two_processes(two_processes):
     results, _ = two_processes
-    assert results["K=2"] < 1e-5 and results["K=4"] < 1e-5
+    assert results["K=2"] < 1e-5 and results["K=4"] < 1e-5 and results.get("K=2 LoRA", 0) < 1e-5
     assert results["bnpo"]["difference"] > 1e-3
     assert results["dead"] == MOVES
 
@@ -409,7 +464,7 @@ def test_the_bridge_from_a_task(template, directory, tmp_path, monkeypatch):
     rows = [tuple(row[here].tolist()) for row, here in zip(ids, mask, strict=True)]
     rewards = torch.cat(calls["rewards"]).tolist()
     for (prompt, completion), reward in zip(itertools.chain(*calls["ids"]), rewards, strict=True):
-        text = tokenizer.decode(completion, skip_special_tokens=True)
+        text = tokenizer.decode(completion).removesuffix(tokenizer.eos_token)
         problem = rows.index(tuple(prompt))
         assert get_rewards(task, [problem], [text])[0].item() == pytest.approx(reward)
     assert len({tuple(prompt) for prompt, _ in calls["ids"][0]}) == 6
@@ -430,17 +485,37 @@ def test_the_page_names_options_that_exist_with_these_values():
 
 
 def test_the_commands_of_the_page_parse():
-    commands = re.findall(r"accelerate launch (.*)extras/on_trl.py (gpg|copg)(.*)", PAGE)
-    assert {command for _, command, _ in commands} == {"gpg", "copg"}
-    zero3 = re.search(r'ZERO3="(.*)"', PAGE)[1]
-    for launch, command, flags in commands:
-        launch = launch.replace("$ZERO3", zero3)
-        parsed = launch_command_parser().parse_args([*launch.split(), "script"])
-        assert parsed.num_processes == 8 and parsed.zero_stage == 3
-        assert parsed.training_script == "script"
+    commands = re.findall(r"(python|accelerate launch) (.*)extras/on_trl.py (gpg|copg)(.*)", PAGE)
+    assert {(start, command) for start, _, command, _ in commands} == {
+        *itertools.product(("python", "accelerate launch"), ("gpg", "copg"))
+    }
+    zero3, bf16 = re.search(r'ZERO3="(.*)"', PAGE)[1], re.search(r"BF16='(.*)'", PAGE)[1]
+    for start, launch, command, flags in commands:
+        if start != "python":
+            launch = launch.replace("$ZERO3", zero3)
+            parsed = launch_command_parser().parse_args([*launch.split(), "script"])
+            assert parsed.num_processes == 8 and parsed.zero_stage == 3
+            assert parsed.training_script == "script"
         parser = on_trl.Parser(on_trl.COMMANDS[command][:2])
-        _, unknown = parser.parse_known_args(flags.split())
+        args, unknown = parser.parse_known_args(flags.replace("$BF16", bf16).split())
         assert not unknown
+        if args.use_peft:
+            assert json.loads(args.model_init_kwargs) == {"dtype": "bfloat16"}
+
+
+def test_the_memory_on_the_page():
+    """18 P and 2 P + 16 A, and what they leave 4 GiB of."""
+    rows = [[cell.strip() for cell in line.split("|")] for line in PAGE.splitlines()]
+    rows = [row[1:8] for row in rows if len(row) == 9 and re.match(r"\S+ \(\d+M\)", row[1])]
+    assert len(rows) == 6
+    for name, full, A, lora, *fits in rows:
+        P, A = float(re.search(r"\((\d+)M\)", name)[1]), float(A[:-1])
+        full_now, lora_now = 18e6 * P / 2**30, (2e6 * P + 16e6 * A) / 2**30
+        assert float(full) == pytest.approx(full_now, abs=0.06)
+        assert float(lora) == pytest.approx(lora_now, abs=0.06)
+        for size, said in zip((16, 24, 80), fits, strict=True):
+            best = "all weights" if full_now + 4 < size else "LoRA" if lora_now + 4 < size else ""
+            assert said == best
 
 
 PAIRS = [{"prompt": f"{i}", "completions": ["a", "b"]} for i in range(20)]
@@ -457,6 +532,8 @@ BAD = [
     ("gpg --betath 1", "--betath"),
     ("gpg --per_device_train_batch_size 12", "divisible by num_generations"),
     ("gpg --output_dir full", "full is not empty"),
+    ("gpg --lora_r 4", "--lora_r has no effect without --use_peft"),
+    ("gpg --use_peft --lora_dropout 0.1", "--lora_dropout"),
     ("gpg --task nothing", "--task nothing"),
     ("gpg --task Bytes-v0 --per_device_train_batch_size 400", "fewer than the groups"),
     ("copg", "--data file.jsonl is needed"),
@@ -506,7 +583,8 @@ if __name__ == "__main__":
     for name in names:
         with pytest.MonkeyPatch.context() as patch:
             if name.startswith("K="):
-                result = copg_difference(patch, directory, f"{out}/{name}", int(name[2:]))
+                K, lora = int(name[2]), "LoRA" in name
+                result = copg_difference(patch, directory, f"{out}/{name}", K, lora)
             elif name == "dead":
                 result = dead_steps(directory, f"{out}/{name}")
             elif name == "learn":

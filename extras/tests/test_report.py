@@ -6,7 +6,6 @@ import runpy
 import shutil
 import sys
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 import common
 import gpg
 import grpo
-from tasks import UserError, first_problem, make_task
+from tasks import UserError, first_problem, make_task, tiny
+from tasks.pictures import data_uri
 from tasks.tiny import tiny_tokenizer
 
 HOSTILE = [
@@ -143,11 +143,12 @@ def test_what_became_likelier(runs, tmp_path):
 
 
 def test_copg(runs, tmp_path):
-    """Its evaluations have no tokens, and are not trained on; its online steps are as GPG's."""
-    shown = [{"step": 0, "prompt": f"p{i // 2}", "completion": "ab"} for i in range(4)]
+    """Its evaluations are not trained on; its online steps are as GPG's."""
+    tokens = {"prompt_tokens": [80], "tokens": [65, 66], "logprobs": [-1, -2]}
+    shown = [{"step": 0, "prompt": f"p{i // 2}", "completion": "ab"} | tokens for i in range(4)]
     shown = [s | {"reward": 1.5, "kl": 0.1, "length": 3} for s in shown]
-    online = {"step": 1, "group": 0, "prompt": "p", "tokens": [65, 66], "logprobs": [-1, -2]}
-    online = [online | {"completion": "ab", "truncated": True, "reward": r} for r in (1, 4)]
+    online = {"step": 1, "group": 0, "prompt": "p", "completion": "ab", "truncated": True} | tokens
+    online = [online | {"reward": r} for r in (1, 4)]
     path = write_samples(runs[0], tmp_path / "copg", [*shown, *online], script="copg.py")
     data = make_page("--rescore", path, tmp_path / "report.html")["runs"][0]
     first, second, third = data["groups"]
@@ -156,12 +157,12 @@ def test_copg(runs, tmp_path):
     assert [row["advantage"] for row in third["rows"]] == [-1.5, 1.5]
     for row in first["rows"] + second["rows"]:
         assert row["kl"] == 0.1 and "advantage" not in row
-        assert "".join(row["tokens"]) == "ab" and len(row["after"]) == len(row["before"]) == 2
+        assert len(row["after"]) == len(row["before"]) == len(row["tokens"]) == 2
 
 
 def hostile_run(run, path):
-    fields = {"step": 1, "truncated": False, "tokens": [65], "logprobs": [-0.5]}
-    fields |= {"prompt": HOSTILE[0]}
+    fields = {"step": 1, "truncated": False, "prompt": HOSTILE[0]}
+    fields |= {"prompt_tokens": [1, 2], "tokens": [65], "logprobs": [-0.5]}
     samples = [fields | {"group": 0, "completion": x, "reward": i} for i, x in enumerate(HOSTILE)]
     samples += [fields | {"step": 2, "group": 0, "completion": "half \ud83d", "reward": 0.0}] * 2
     return write_samples(run, path, samples, schedule=HOSTILE[0])
@@ -180,7 +181,7 @@ def test_hostile_texts(runs, tmp_path):
 
 
 SAMPLE = {"step": 1, "group": 0, "prompt": "p", "completion": "c", "reward": 1.0}
-SAMPLE |= {"tokens": [65], "logprobs": [-0.5]}
+SAMPLE |= {"prompt_tokens": [1], "tokens": [65], "logprobs": [-0.5]}
 DAMAGED = [
     ("samples.jsonl", None, "no samples.jsonl"),
     ("metrics.csv", None, "no metrics.csv"),
@@ -198,7 +199,8 @@ DAMAGED = [
         for wrong in (
             {"prompt": 1}, {"completion": None}, {"step": "1"}, {"reward": "1"}, {"group": 0.5},
             {"reward": float("nan")}, {"tokens": ["a"]}, {"tokens": [-1]}, {"tokens": [2**40]},
-            {"tokens": 5}, {"logprobs": [None]}, {"logprobs": []}, {"reward": 10**400},
+            {"prompt_tokens": [None]}, {"prompt_tokens": None}, {"tokens": 5},
+            {"logprobs": [None]}, {"logprobs": []}, {"reward": 10**400},
         )
     ),
 ]  # fmt: skip
@@ -258,20 +260,25 @@ def test_token_texts():
     assert report.token_texts(words, words("one two one").input_ids) == ["one", " two", " one"]
 
 
-def test_pictures(monkeypatch):
-    """The picture of a group is found by its place in the run."""
-    task, first = make_task("count"), first_problem(7)
-    (prompt,) = report.get_prompts(task, [first + 3 * 4 + 2])  # three rounds before, of four each
-    run = {"name": "run", "config": {"task": "count", "seed": 7, "prompts": 4}}
-    run["metrics"] = {"step": np.arange(4), "rounds": np.array([np.nan, 2, 1, 1])}
-    run["groups"] = [{"step": 3, "group": 2, "prompt": prompt["text"]}]
-    run["groups"] += [{"step": 3, "group": None, "prompt": "held out"}]
-    monkeypatch.setattr(report.AutoConfig, "from_pretrained", lambda _: SimpleNamespace())
-    monkeypatch.setattr(report, "is_vision", lambda _: True)
-    found, held_out = report.load_prompts(run)
-    assert np.array_equal(found["image"], prompt["image"]) and held_out == "held out"
-    assert run["groups"][0]["image"] == report.data_uri(prompt["image"])
-    assert "image" not in run["groups"][1]
+def test_pictures(monkeypatch, tmp_path):
+    """The picture of a group is found by its place in the run, and it is scored with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "WARM_START", {"steps": 2, "tokens_per_step": 512, "lr": 1e-3})
+        flags = "--task count --steps 2 --prompts 4 --group-size 2 --max-new-tokens 6 --device cpu"
+        flags += " --eval-problems 2 --beta-th 1 --max-rounds 3 --out"
+        patch.setattr("run.draw_curves", lambda *_: None)
+        gpg.train(gpg.parse_args([*flags.split(), str(tmp_path / "run")]))
+        data = make_page("--rescore", tmp_path / "run", tmp_path / "report.html")["runs"][0]
+    assert data["metrics"]["rounds"][1:] == [3, 3]
+    task, first = make_task("count"), first_problem(0)
+    for i, group in enumerate(data["groups"]):
+        (prompt,) = report.get_prompts(task, [first + 12 * (i // 3) + i % 3])
+        assert group["prompt"] == prompt["text"] and group["image"] == data_uri(prompt["image"])
+        for row in group["rows"]:
+            if group["step"] == 1:
+                assert row["before"] == pytest.approx(row["logprobs"], abs=2e-3)
+            assert len(row["after"]) == len(row["tokens"])
+    assert len({group["image"] for group in data["groups"]}) == 6
 
 
 # ---- in a browser ----
