@@ -22,6 +22,7 @@ import csv
 import functools
 import hashlib
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -47,41 +48,23 @@ from answers import ANSWERS  # noqa: E402
 from mistakes import known_in  # noqa: E402
 from probe import difference, limited, outcomes, same  # noqa: E402
 
-from run import Parser, plain_errors  # noqa: E402
+from run import Parser, plain_errors, write  # noqa: E402
 from tasks import UserError  # noqa: E402
 
-TITLES = {
-    "A0": "REINFORCE on a bandit",
-    "A1": "CoPG on a bandit",
-    "A2": "Sampling and log-probabilities",
-    "A3": "Group Policy Gradient",
-    "A4": "GRPO",
-    "A5": "Contrastive Policy Gradient",
-    "A6": "A task of your own",
-    "A7": "Three bugs",
-}
+NAMES = [f"A{i}" for i in range(8)]
 CONTRACT = {  # A6: points, and words in the names of the tests of the handout's own contract
     "Q1 The task": (15, "problem or training or rewards"),
     "Q2 The runs": (10, "runs"),
     "Q3 The report": (5, "report"),
 }
-BESIDE = {  # the project's files that a handout has beside the one that the student writes
-    "A1": ["run.py", "tasks"],
-    "A2": ["run.py", "tasks"],
-    "A3": ["common.py", "run.py", "tasks"],
-    "A4": ["common.py", "run.py", "tasks"],
-    "A5": ["common.py", "run.py", "tasks"],
-    "A6": ["gpg.py", "grpo.py", "common.py", "run.py", "tasks"],
-    "A7": ["common.py", "run.py", "tasks"],
-}
+SHARED = ["run.py", "tasks", "requirements.txt"]  # what a handout has beside the student's file;
+BESIDE = {"A0": SHARED[2:], "A1": SHARED, "A2": SHARED}  # in the others common.py as well
 SEED = int(os.environ.get("COURSE_SEED", "1"))  # of the hidden checks; change it every year
 VISIBILITY = os.environ.get("COURSE_VISIBILITY", "visible")  # on Gradescope; "after_due_date", ...
 SECONDS = 120  # a question may take
 LARGEST = 2**20  # bytes of a submitted file
 
-# --------------------------------------------------------------------------------------------------
-# What a module returns
-# --------------------------------------------------------------------------------------------------
+# ---- What a module returns -----------------------------------------------------------------------
 
 
 def module_of(name: str):
@@ -172,9 +155,7 @@ def agree(a: dict, b: dict, tolerance: float) -> bool:
     return same(a["value"], b["value"], tolerance)
 
 
-# --------------------------------------------------------------------------------------------------
-# Grading
-# --------------------------------------------------------------------------------------------------
+# ---- Grading -------------------------------------------------------------------------------------
 
 
 def find_files(name: str, folder: Path, scratch: Path) -> None:
@@ -226,7 +207,7 @@ def grade(name: str, folder: Path, students: list[str] | None, out: Path) -> dic
             share, test["output"] = job()
             test["score"] = round(points * share, 2)
             results["score"] = round(sum(test["score"] for test in tests), 2)
-            write_json(out, results)
+            write(out, json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -322,10 +303,8 @@ def read_answers(path: Path) -> dict | str:
     """answers.json, or what is wrong with it."""
     try:
         answers = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        return "answers.json is missing."
-    except (ValueError, RecursionError) as error:
-        return f"answers.json is no JSON: {error!s:.100}."
+    except (OSError, ValueError, RecursionError) as error:
+        return f"answers.json is missing or no JSON: {error!s:.100}."
     return answers if isinstance(answers, dict) else "answers.json has to be an object, {...}."
 
 
@@ -351,7 +330,7 @@ def grade_many(name: str, folder: Path, out: Path) -> None:
     if not students:
         raise UserError(f"{folder}: no folder in it; one per student is expected")
     keys = [title.split()[0] for title in jobs(name, folder, {}, [])]
-    rows, details, new = {}, out.with_suffix(""), out.with_suffix(".new")
+    rows, details = {}, out.with_suffix("")
     details.mkdir(parents=True, exist_ok=True)
     if out.exists():
         with out.open(encoding="utf-8", newline="") as file:
@@ -364,29 +343,22 @@ def grade_many(name: str, folder: Path, out: Path) -> None:
         results = grade(name, path, None, details / f"{path.name}.json")
         rows[path.name] = {"student": path.name, "score": results["score"], "hash": digest}
         rows[path.name] |= {k: x["score"] for k, x in zip(keys, results["tests"], strict=True)}
-        with new.open("w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, ["student", "score", *keys, "hash"], lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows[student] for student in sorted(rows))
-        new.replace(out)
+        text, names = io.StringIO(), ["student", "score", *keys, "hash"]
+        table = csv.DictWriter(text, names, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows[student] for student in sorted(rows))
+        write(out, text.getvalue())
 
 
-def write_json(path: Path, results: dict) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)
-
-
-# --------------------------------------------------------------------------------------------------
-# Handouts
-# --------------------------------------------------------------------------------------------------
+# ---- Handouts ------------------------------------------------------------------------------------
 
 
 def make(name: str, out: Path) -> None:
     """Write the handout into a folder that is new or empty. Raises UserError."""
     new_folder(out)
     ignore = shutil.ignore_patterns("__pycache__")
-    for part in [*BESIDE.get(name, []), "requirements.txt"]:
+    more = ["gpg.py", "grpo.py"] if name == "A6" else []
+    for part in BESIDE.get(name, [*SHARED, "common.py", *more]):
         if (ROOT / part).is_dir():
             shutil.copytree(ROOT / part, out / part, ignore=ignore)
         else:
@@ -400,11 +372,12 @@ def make(name: str, out: Path) -> None:
     if name in ("A6", "A7"):
         return
     files = ["probe.py", "written.py", "test_public.py", f"{name.lower()}.py"]
-    for file in [*files, "training.py"] if name in BESIDE else files:
+    for file in files if name in ("A0", "A1") else [*files, "training.py"]:
         shutil.copy(TEXTS / file, out)
     values = {key: expected(name, key, 0) for key in questions(name)}
     (out / "expected.json").write_text(json.dumps({"assignment": name, "values": values}))
-    write_json(out / "answers.json", dict.fromkeys(["id", *written_points(name)]))
+    blank = dict.fromkeys(["id", *written_points(name)])
+    write(out / "answers.json", json.dumps(blank, indent=2) + "\n")
 
 
 def new_folder(path: Path) -> None:
@@ -511,9 +484,7 @@ def make_gradescope(name: str, out: Path) -> None:
         shutil.copy(path, out / "project" / path.name)
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 
 def check(name: str) -> bool:
@@ -540,7 +511,7 @@ def main(argv: list[str] | None = None) -> int:
     helps = {"make": "a handout", "grade": "grade submissions", "check": "grade the mistakes"}
     parse = {command: commands.add_parser(command, help=text) for command, text in helps.items()}
     for sub in parse.values():
-        sub.add_argument("assignment", choices=TITLES, metavar="A0..A7")
+        sub.add_argument("assignment", choices=NAMES, metavar="A0..A7")
     parse["make"].add_argument("out", type=Path, help="a folder, new or empty")
     parse["make"].add_argument("--gradescope", type=Path, metavar="DIR", help="for autograder.zip")
     parse["grade"].add_argument("submission", type=Path, help="a folder; or a folder of them")
@@ -548,8 +519,8 @@ def main(argv: list[str] | None = None) -> int:
     parse["grade"].add_argument("--out", type=Path, required=True, help="results.json, or a .csv")
     args = parser.parse_args(argv)
     if args.command == "list":
-        for name, title in TITLES.items():
-            print(f"{name}  {title}")
+        for name in NAMES:
+            print((TEXTS / f"{name}.md").read_text(encoding="utf-8").partition("\n")[0][2:])
             for question, (points, _) in jobs(name, Path(), {}, []).items():
                 print(f"    {points:3}  {question}")
     elif args.command == "make":

@@ -1,7 +1,5 @@
 """A1, CoPG on a bandit: the questions of bandit_toy.py."""
 
-import functools
-
 import torch
 from probe import Case, Question, call
 
@@ -46,8 +44,8 @@ def attributes(seed: int) -> list[Case]:
 
     names = ["r", "r_", "rb", "rb_", "logp", "logp_", "h", "h_", "w", "w_", "margin"]
     names += ["value", "value_kl"]
-    runs = {name: functools.partial(shown, name=name) for name in names}
-    return [Case(f"PairBatch.{x}, with its gradient", run, part=x) for x, run in runs.items()]
+    label = "PairBatch.{}, with its gradient".format
+    return [Case(label(x), lambda m, x=x: shown(m, x), part=x) for x in names]
 
 
 def losses(names: str):
@@ -59,8 +57,8 @@ def losses(names: str):
         return torch.autograd.grad((getattr(module, name)(p) * weight).sum(), logits)[0]
 
     def cases(seed: int) -> list[Case]:
-        runs = {x: functools.partial(gradient, name=x, seed=seed) for x in names.split()}
-        return [Case(f"{x}(pairs), its gradient in the logits", run) for x, run in runs.items()]
+        label = "{}(pairs), its gradient in the logits".format
+        return [Case(label(x), lambda m, x=x: gradient(m, x, seed)) for x in names.split()]
 
     return cases
 
@@ -82,13 +80,11 @@ def data(seed: int) -> list[Case]:
         apart = bool((y[0] != y[1]).any() and (y != y_).any())
         return {"wins": preferred, "shares": shares, "seeds differ": apart}
 
-    cases = [
-        Case("collect((.2, .3, .5), 4000, rng, env): shares and rewards of the arms", episodes)
+    label = "data_set, {}: shares and preferences".format
+    return [
+        Case("collect((.2, .3, .5), 4000, rng, env): shares and rewards of the arms", episodes),
+        *(Case(label(x), lambda m, x=x: columns(m, x), 0.1) for x in ("sampled", "ranked")),
     ]
-    for labels in ("sampled", "ranked"):
-        run = functools.partial(columns, labels=labels)
-        cases.append(Case(f"data_set, {labels}: shares and preferences", run, 0.1))
-    return cases
 
 
 QUESTIONS = {

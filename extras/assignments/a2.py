@@ -40,10 +40,9 @@ def draws(seed: int) -> list[Case]:
     cases = [Case("positions of left-padded rows, where the mask is True", numbered)]
     cases.append(Case("draw at temperature 0: tokens and log-probs", greedy))
     for t in (1.0, 0.5, 1.7):
-        run = functools.partial(shares, temperature=t)
-        cases.append(Case(f"draw at temperature {t}: shares of 20,000 tokens", run, 0.04))
-        run = functools.partial(logprobs, temperature=t)
-        cases.append(Case(f"draw at temperature {t}: log-probs of frequent tokens", run))
+        label = f"draw at temperature {t}: "
+        cases.append(Case(f"{label}shares of 20,000 tokens", lambda m, t=t: shares(m, t), 0.04))
+        cases.append(Case(f"{label}log-probs of frequent tokens", lambda m, t=t: logprobs(m, t)))
     return cases
 
 
@@ -92,10 +91,11 @@ def samples(seed: int) -> list[Case]:
         return {"texts without the EOS": r.texts == texts, "rows of a prompt adjacent": in_order}
 
     cases = [Case("sample(temperature=0), the tokens of 4 x 2 completions", greedy, part="greedy")]
-    for part in ("log-probs", "the EOS", "padding", "texts and rows"):
-        run = functools.partial(checks, part=part)
-        cases.append(Case(f"sample(temperature=0.8): {part}", run, part=part))
-    return cases
+    label, parts = (
+        "sample(temperature=0.8): ",
+        ("log-probs", "the EOS", "padding", "texts and rows"),
+    )
+    return cases + [Case(label + x, lambda m, x=x: checks(m, x), part=x) for x in parts]
 
 
 def rollout_by_hand(seed: int) -> Rollout:
@@ -121,10 +121,8 @@ def logprobs(seed: int) -> list[Case]:
         norms = [slope.norm().item() for slope in slopes]
         return {"logprobs": values.detach(), "gradient norms": norms, "dtype": str(values.dtype)}
 
-    return [
-        Case(f"completion_logprobs at {t}", functools.partial(scored, temperature=t), 1e-3, str(t))
-        for t in (1.0, 0.6)
-    ]
+    label = "completion_logprobs at {}".format
+    return [Case(label(t), lambda m, t=t: scored(m, t), 1e-3, label(t)) for t in (1.0, 0.6)]
 
 
 def batches(seed: int) -> list[Case]:
@@ -142,8 +140,8 @@ def batches(seed: int) -> list[Case]:
         }
 
     sizes = [(20, 1), (30, 1), (5, 1), (40, 2), (36, 3)]
-    runs = {x: functools.partial(properties, budget=x[0], block=x[1]) for x in sizes}
-    return [Case(f"micro_batches(rollout, {x[0]}, block={x[1]})", run) for x, run in runs.items()]
+    label = "micro_batches(rollout, {}, block={})".format
+    return [Case(label(*x), lambda m, x=x: properties(m, *x)) for x in sizes]
 
 
 SCORE = "completion_logprobs predicting_states"

@@ -33,15 +33,12 @@ def groups(seed: int) -> list[Case]:
     generator = torch.Generator().manual_seed(seed)
     patterns = [[0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 1, 0]]
     patterns += [(torch.rand(9, generator=generator) < 0.4).tolist(), [1] * 6]
-    cases = []
-    for pattern in patterns:
-        valid = torch.tensor(pattern).bool()
 
-        def run(module, valid=valid):
-            return sorted(torch.as_tensor(module.fill_batch(valid.clone(), 3)).tolist())
+    def run(module, pattern):
+        return sorted(torch.as_tensor(module.fill_batch(torch.tensor(pattern).bool(), 3)).tolist())
 
-        cases.append(Case(f"fill_batch({valid.long().tolist()}, B=3), in any order", run))
-    return cases
+    label = "fill_batch({}, B=3), in any order".format
+    return [Case(label(x), lambda m, x=x: run(m, x)) for x in patterns]
 
 
 def sampling(seed: int) -> list[Case]:

@@ -16,9 +16,8 @@ def kl(seed: int) -> list[Case]:
     near = policy + 1e-5 * torch.rand(2, 3, generator=generator, dtype=torch.float64)
     far = policy + torch.randn(2, 3, generator=generator, dtype=torch.float64)
     single = [(policy.float(), (policy + 1e-3).float()), (policy.float(), far.float())]
-    return [
-        gradient("kl_k3", a, b, tolerance=1e-3) for a, b in [(policy, near), (policy, far), *single]
-    ]
+    pairs = [(policy, near), (policy, far), *single]
+    return [gradient("kl_k3", *pair, tolerance=1e-3) for pair in pairs]
 
 
 def loss(seed: int) -> list[Case]:
@@ -41,19 +40,16 @@ def loss(seed: int) -> list[Case]:
 def clips(seed: int) -> list[Case]:
     ratio = torch.tensor([[0.5, 0.85, 1.0, 1.15, 1.5]]).repeat(3, 1)
     advantages = torch.tensor([1.0, -1.0, 0.0])
-    cases = [
-        call("is_clipped", ratio, advantages, low, high) for low, high in ((0.2, 0.2), (0.1, 0.3))
-    ]
+    clips = (0.2, 0.2), (0.1, 0.3)
+    cases = [call("is_clipped", ratio, advantages, low, high) for low, high in clips]
 
     def passes(module, N, mu, n):
         parts = [part.tolist() for part in module.minibatches(N, mu, n)]
-        sizes = sorted(map(len, parts))
-        rounds = [sorted(i for part in parts[k * n : (k + 1) * n] for i in part) for k in range(mu)]
         order = [[i for part in parts[k * n : (k + 1) * n] for i in part] for k in range(mu)]
         return {
             "number": len(parts),
-            "sizes": sizes,
-            "each pass has every row": all(r == list(range(N)) for r in rounds),
+            "sizes": sorted(map(len, parts)),
+            "each pass has every row": all(sorted(rows) == list(range(N)) for rows in order),
             "passes differ": order[0] != order[-1] or mu == 1,
             "shuffled": order[0] != list(range(N)),
         }

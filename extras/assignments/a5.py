@@ -1,7 +1,5 @@
 """A5, Contrastive Policy Gradient: the questions of copg.py and of the posts."""
 
-import functools
-
 import torch
 from probe import Case, Question, gradient
 
@@ -15,19 +13,14 @@ def h_and_rewards(seed: int, G: int):
 
 
 def copg(seed: int) -> list[Case]:
-    cases = []
-    for G in (2, 3, 5):
-        for beta in (0.06, 0.7):
-            cases.append(gradient("copg_loss", *h_and_rewards(seed, G), beta))
-    return cases
+    sizes = [(G, beta) for G in (2, 3, 5) for beta in (0.06, 0.7)]
+    return [gradient("copg_loss", *h_and_rewards(seed, G), beta) for G, beta in sizes]
 
 
 def preferences(seed: int) -> list[Case]:
-    cases = []
-    for name in ("ipo_loss", "dpo_loss"):
-        h, _ = h_and_rewards(seed, 2)
-        for wrt in (0, 1):
-            cases.append(gradient(name, h[:, 0], h[:, 1], 0.3, wrt=wrt))
+    best, worst = h_and_rewards(seed, 2)[0].T
+    names = "ipo_loss", "dpo_loss"
+    cases = [gradient(x, best, worst, 0.3, wrt=wrt) for x in names for wrt in (0, 1)]
     for loss in ("copg", "ipo", "dpo"):
         for G in (2, 4):
             h, rewards = h_and_rewards(seed, G)
@@ -48,9 +41,10 @@ def utility(seed: int) -> list[Case]:
         facts = answer.split(" ; ")
         texts = ["", answer, facts[0], " ; ".join([*facts[:2], facts[0]]), "thanks for reading"]
         texts += [f"{facts[1]} ; my boss lost my bike", task.write(index, 1), task.write(index, 2)]
-        for pair in ((text, answer) for text in texts):
-            run = functools.partial(lambda module, pair: module.Posts().reward(*pair), pair=pair)
-            cases.append(Case("Posts().reward({!r}, {!r})".format(*pair), run))
+        cases += [
+            Case(f"Posts().reward{x, answer}", lambda m, x=x, a=answer: m.Posts().reward(x, a))
+            for x in texts
+        ]
     return cases
 
 

@@ -24,22 +24,12 @@ def number_of_micro_batches(lengths: list[int], budget: int) -> int:
     return len(common.micro_batches(rollout, budget))
 
 
-def alpha_over_exact(dead: int, valid: int, dead_length: int, valid_length: int) -> float:
-    """alpha / the tokens of all groups, over 1 / the tokens of the valid ones."""
-    tokens = dead * dead_length + valid * valid_length
-    return (dead + valid) / valid * valid * valid_length / tokens
-
-
 def clipped(ratio: float, advantage: float, clip_low: float, clip_high: float, slope: bool):
     """J of one token, or its derivative with respect to the ratio."""
     ratio = torch.tensor([[ratio]], dtype=torch.double, requires_grad=True)
     ones, zeros = torch.ones(1, 1), torch.zeros(1, 1).double()
     J = -grpo.grpo_loss(ratio.log(), zeros, torch.tensor([advantage]), ones, clip_low, clip_high)
     return torch.autograd.grad(J, ratio)[0].item() if slope else J.item()
-
-
-def copg_value(h: list[float], r: list[float], beta: float) -> float:
-    return copg.copg_loss(torch.tensor([h]).double(), torch.tensor([r]).double(), beta).item()
 
 
 ANSWERS = {
@@ -55,12 +45,14 @@ ANSWERS = {
     "A2 W2": number_of_micro_batches,
     "A3 W1": lambda p, G: 1 - p**G - (1 - p) ** G,
     "A3 W2": lambda rewards: gpg.gradient_scale(torch.tensor(rewards)),
-    "A3 W3": alpha_over_exact,
+    "A3 W3": lambda dead, valid, dead_length, valid_length: (
+        (dead + valid) * valid_length / (dead * dead_length + valid * valid_length)
+    ),
     "A4 W1": lambda **token: clipped(**token, slope=False),
     "A4 W2": lambda **token: clipped(**token, slope=True),
     "A4 W3": lambda pi, ref: ref / pi - math.log(ref / pi) - 1,
     "A5 W1": lambda r1, r2, beta: (r1 - r2) / beta,
     "A5 W2": lambda beta: 1 / (2 * beta),
     "A5 W3": lambda summary, answer: Posts().reward(summary, answer),
-    "A5 W4": copg_value,
+    "A5 W4": lambda h, r, beta: copg.copg_loss(torch.tensor([h]), torch.tensor([r]), beta).item(),
 }

@@ -46,9 +46,13 @@ class Question:
     cases: Callable  # seed -> list of cases
 
 
-def call(name: str, *args, tolerance: float = 1e-4, **kwargs) -> Case:
+def shown(name: str, args, kwargs) -> str:
+    texts = [brief(x) for x in args] + [f"{key}={brief(x)}" for key, x in kwargs.items()]
+    return f"{name}({', '.join(texts)})"
+
+
+def call(name: str, *args, **kwargs) -> Case:
     """name(*args, **kwargs), which must not change its arguments."""
-    shown = [brief(x) for x in args] + [f"{key}={brief(x)}" for key, x in kwargs.items()]
 
     def run(module):
         mine, more = copy.deepcopy(args), copy.deepcopy(kwargs)
@@ -57,12 +61,11 @@ def call(name: str, *args, tolerance: float = 1e-4, **kwargs) -> Case:
             raise ValueError("your function changes its arguments")
         return value
 
-    return Case(f"{name}({', '.join(shown)})", run, tolerance)
+    return Case(shown(name, args, kwargs), run)
 
 
 def gradient(name: str, *args, wrt: int = 0, tolerance: float = 1e-4, **kwargs) -> Case:
     """The value of name(*args, **kwargs) and its gradient with respect to argument number `wrt`."""
-    shown = [brief(x) for x in args] + [f"{key}={brief(x)}" for key, x in kwargs.items()]
 
     def run(module):
         mine = [copy.deepcopy(x) for x in args]
@@ -73,7 +76,7 @@ def gradient(name: str, *args, wrt: int = 0, tolerance: float = 1e-4, **kwargs) 
         slope = torch.autograd.grad(value.sum(), mine[wrt])[0]
         return {"value": value.detach(), "gradient": slope, "dtype": str(value.dtype)}
 
-    return Case(f"{name}({', '.join(shown)}), with its gradient", run, tolerance)
+    return Case(f"{shown(name, args, kwargs)}, with its gradient", run, tolerance)
 
 
 def brief(x) -> str:
@@ -104,11 +107,8 @@ def plain(value):
 def same(a, b, tolerance: float) -> bool:
     """Are two plain values equal? Numbers may differ by `tolerance` of the largest of `b`."""
     if isinstance(b, dict):
-        return (
-            isinstance(a, dict)
-            and a.keys() == b.keys()
-            and all(same(a[key], b[key], tolerance) for key in b)
-        )
+        keys = isinstance(a, dict) and a.keys() == b.keys()
+        return keys and all(same(a[key], b[key], tolerance) for key in b)
     if isinstance(b, list):
         if not isinstance(a, list) or len(a) != len(b):
             return False
@@ -135,21 +135,16 @@ def difference(got: dict, right: dict, tolerance: float) -> str:
     return "  expected: {}\n  yours:    {}".format(*(x[:300] for x in texts))
 
 
-def load(path: Path, name: str):
-    """The module in a file, under a name of its own. A file of tasks/ may import its neighbours."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def prepared(questions: dict[str, Question], key: str, finished: Path, folder: Path):
     """The module of a question in a folder, with finished functions for the other questions."""
-    file = questions[key].file
-    name = file.removesuffix(".py").replace("/", ".")
-    module = load(folder / file, f"{name}_submitted")
-    right = load(finished / file, f"{name}_finished")
+    file, modules = questions[key].file, []
+    for place in (folder, finished):  # a file of tasks/ may import its neighbours
+        name = file.removesuffix(".py").replace("/", ".") + f"_{len(modules)}"
+        spec = importlib.util.spec_from_file_location(name, place / file)
+        modules.append(importlib.util.module_from_spec(spec))
+        sys.modules[name] = modules[-1]
+        spec.loader.exec_module(modules[-1])
+    module, right = modules
     for question in questions.values():
         for name in set(question.names.split()) - set(questions[key].names.split()):
             if question.file == file and "." not in name:

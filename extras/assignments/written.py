@@ -4,7 +4,7 @@ import random
 import sys
 
 
-def hundredths(rng, low, high, n=1, unit=100):
+def drawn(rng, low, high, n=1, unit=100):
     """n numbers between low and high, in steps of 1 / unit."""
     found = [rng.randint(round(low * unit), round(high * unit)) / unit for _ in range(n)]
     return found if n > 1 else found[0]
@@ -12,7 +12,7 @@ def hundredths(rng, low, high, n=1, unit=100):
 
 def arms(rng):
     """Probabilities of three arms, none small."""
-    a, b = hundredths(rng, 0.1, 0.4, 2)
+    a, b = drawn(rng, 0.1, 0.4, 2)
     return [a, b, round(1 - a - b, 2)]
 
 
@@ -40,19 +40,17 @@ def summary(rng):
 
 
 NUMBERS = {
-    "A0 W1": lambda rng: {
-        "logits": hundredths(rng, -1, 1, 3), "rewards": hundredths(rng, -2, 2, 3)
-    },
+    "A0 W1": lambda rng: {"logits": drawn(rng, -1, 1, 3), "rewards": drawn(rng, -2, 2, 3)},
     "A0 W2": lambda rng: {"G": rng.randint(3, 12)},
     "A1 W1": lambda rng: {"mu1": arms(rng), "mu2": arms(rng)},
     "A1 W2": lambda rng: {"mu1": arms(rng), "mu2": arms(rng)},
     "A2 W1": lambda rng: {
-        "logits": hundredths(rng, 0, 1.5, 3), "temperature": rng.choice([0.5, 0.7, 1.3, 1.6])
+        "logits": drawn(rng, 0, 1.5, 3), "temperature": rng.choice([0.5, 0.7, 1.3, 1.6])
     },
     "A2 W2": lambda rng: {
-        "lengths": hundredths(rng, 10, 60, 12, unit=1), "budget": rng.choice([120, 150, 180])
+        "lengths": drawn(rng, 10, 60, 12, unit=1), "budget": rng.choice([120, 150, 180])
     },
-    "A3 W1": lambda rng: {"p": hundredths(rng, 0.1, 0.9), "G": rng.randint(4, 10)},
+    "A3 W1": lambda rng: {"p": drawn(rng, 0.1, 0.9), "G": rng.randint(4, 10)},
     "A3 W2": lambda rng: {"rewards": group_rewards(rng)},
     "A3 W3": lambda rng: {
         "dead": rng.randint(1, 5), "valid": rng.randint(2, 6),
@@ -60,15 +58,13 @@ NUMBERS = {
     },
     "A4 W1": a_token,
     "A4 W2": a_token,
-    "A4 W3": lambda rng: {"pi": hundredths(rng, 0.1, 0.45), "ref": hundredths(rng, 0.5, 0.95)},
+    "A4 W3": lambda rng: {"pi": drawn(rng, 0.1, 0.45), "ref": drawn(rng, 0.5, 0.95)},
     "A5 W1": lambda rng: {
-        "r1": hundredths(rng, 1, 3), "r2": hundredths(rng, -1, 0.9), "beta": hundredths(rng, 0.1, 1)
+        "r1": drawn(rng, 1, 3), "r2": drawn(rng, -1, 0.9), "beta": drawn(rng, 0.1, 1)
     },
-    "A5 W2": lambda rng: {"beta": hundredths(rng, 0.02, 0.4)},
+    "A5 W2": lambda rng: {"beta": drawn(rng, 0.02, 0.4)},
     "A5 W3": summary,
-    "A5 W4": lambda rng: {
-        "h": hundredths(rng, -1, 1, 3), "r": hundredths(rng, -2, 2, 3), "beta": 0.3
-    },
+    "A5 W4": lambda rng: {"h": drawn(rng, -1, 1, 3), "r": drawn(rng, -2, 2, 3), "beta": 0.3},
 }  # fmt: skip
 
 
