@@ -353,6 +353,12 @@ def grade_many(name: str, folder: Path, out: Path) -> None:
 # ---- Handouts ------------------------------------------------------------------------------------
 
 
+def new_folder(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is not an empty folder; name another")
+    path.mkdir(parents=True, exist_ok=True)
+
+
 def make(name: str, out: Path) -> None:
     """Write the handout into a folder that is new or empty. Raises UserError."""
     new_folder(out)
@@ -378,12 +384,6 @@ def make(name: str, out: Path) -> None:
     (out / "expected.json").write_text(json.dumps({"assignment": name, "values": values}))
     blank = dict.fromkeys(["id", *written_points(name)])
     write(out / "answers.json", json.dumps(blank, indent=2) + "\n")
-
-
-def new_folder(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is not an empty folder; name another")
-    path.mkdir(parents=True, exist_ok=True)
 
 
 def handout(name: str, file: str) -> str:
@@ -445,9 +445,8 @@ def text_of(name: str) -> str:
     text, rules = ((TEXTS / f"{x}.md").read_text(encoding="utf-8") for x in (name, "rules"))
     for title, (points, _) in jobs(name, Path(), {}, []).items():
         key, question = title[:2], questions(name).get(title[:2])
-        where = (
-            f"; `{'`, `'.join(question.names.split())}` in `{question.file}`" if question else ""
-        )
+        parts = question and question.names.replace(" ", "`, `")
+        where = f"; `{parts}` in `{question.file}`" if question else ""
         text = text.replace(f"- **{key}** ", f"- **{title}** ({points} points{where}). ")
     return text.replace("{rules}", rules.rstrip()).replace("{name}", name)
 

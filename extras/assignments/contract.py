@@ -44,17 +44,16 @@ def different(runs) -> list[str]:
 def test_a_problem_is_always_the_same(tasks):
     """The same index gives the same prompt, text that is not empty; there are many problems."""
     for task in tasks:
-        size = getattr(task.unwrapped, "size", None) or 200
-        prompts = project.get_prompts(task, list(range(min(size, 200))))
-        assert prompts == project.get_prompts(task, list(range(min(size, 200))))
+        problems = list(range(min(getattr(task.unwrapped, "size", None) or 200, 200)))
+        prompts = project.get_prompts(task, problems)
+        assert prompts == project.get_prompts(task, problems)
         assert len(set(prompts)) >= 50 and all(prompt.strip() for prompt in prompts)
 
 
 def test_training_is_not_the_test(tasks):
     """No prompt of the first 500 for training is among the first 200 of the test."""
-    train, test = (set(project.get_prompts(task, list(range(n)))) for task, n in
-                   zip(tasks, (500, 200), strict=True))  # fmt: skip
-    assert not train & test
+    train = project.get_prompts(tasks[0], list(range(500)))
+    assert not set(train) & set(project.get_prompts(tasks[1], list(range(200))))
 
 
 def test_rewards_tell_good_from_bad(tasks):

@@ -26,10 +26,6 @@ def reinforce_loss(logits: Tensor, arms: Tensor, rewards: Tensor, baseline: Tens
     return -((rewards - baseline) * logits.log_softmax(-1)[arms]).mean()
 
 
-def no_baseline(rewards: Tensor) -> Tensor:
-    return torch.zeros_like(rewards)
-
-
 def group_mean(rewards: Tensor) -> Tensor:
     """Rewards [G] -> the mean of all of them, for each, [G]."""
     return rewards.mean().expand(len(rewards))
@@ -40,7 +36,7 @@ def mean_of_others(rewards: Tensor) -> Tensor:
     return (rewards.sum() - rewards) / (len(rewards) - 1)
 
 
-BASELINES = {"none": no_baseline, "group mean": group_mean, "mean of others": mean_of_others}
+BASELINES = {"none": torch.zeros_like, "group mean": group_mean, "mean of others": mean_of_others}
 
 
 def train(baseline: str, steps: int = STEPS, lr: float = LR, group_size: int = G) -> Tensor:

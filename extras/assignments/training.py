@@ -86,14 +86,12 @@ def train_case(
         fixed += f"--eval-every 99 --device cpu --out {tempfile.mkdtemp()} "
         Run.save = Run.finish = lambda run: None  # slow, and not looked at
         args = module.parse_args((fixed + flags).split())
-        replaced = dict(given or {})
-        if until:
-            function = getattr(module, until)
+        function = getattr(module, until or "train")
 
-            def stop(*args):
-                raise Returned(function(*args))
+        def stop(*args):
+            raise Returned(function(*args))
 
-            replaced[until] = stop
+        replaced = {until: stop} if until else given or {}
         with mock.patch.dict(vars(module), replaced):
             try:
                 trained = module.train(args)
