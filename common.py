@@ -238,6 +238,8 @@ def repeat_cache(cache: DynamicCache, repeats: int, new_tokens: int) -> None:
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
             cache.layers[i] = PreallocatedLayer(layer, repeats, new_tokens)
+        elif not hasattr(layer, "batch_repeat_interleave"):
+            raise ValueError("it has layers with a recurrent state; attention alone is supported")
         else:
             layer.batch_repeat_interleave(repeats)
 

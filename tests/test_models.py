@@ -55,7 +55,7 @@ def bad_model(how, llama):
     "how, reason",
     [
         ("another architecture", "T5Config"), ("no head", "missing weights: lm_head.weight"),
-        ("hybrid", "LinearAttentionLayer"), ("mamba", "LinearAttentionLayer"),
+        ("hybrid", "recurrent state"), ("mamba", "recurrent state"),
         ("few tokens", "'1' gives token 16 in a vocabulary of 10"),
         ("nan", "non-finite"), ("inf", "non-finite"), ("no config.json", "model_type"),
         ("no tokenizer.json", "tokenizer"), ("bad chat_template.jinja", "expected an expression"),
