@@ -86,6 +86,8 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('the mark of a picture in the text', 'tasks/jsonl.py', 'prompt.replace("<image>", "").strip()', 'prompt', 'inputs'),
     ('the whole conversation as a completion', 'tasks/pairs.py', '[turns[-1]["content"] for turns in conversations]', '["".join(x["content"] for x in turns) for turns in conversations]', 'inputs'),
     ('prompts of chosen and rejected differ', 'tasks/pairs.py', 'if any(turns[:-1] != context for turns in conversations):', 'if False:', 'inputs'),
+    ('only two conversations are compared', 'tasks/pairs.py', 'turns[:-1] != context for turns in conversations)', 'turns[:-1] != context for turns in conversations[:2])', 'inputs'),
+    ('the token 0 ends nothing', 'copg.py', '[[*row, end] if end >= 0 else row', '[[*row, end] if end > 0 else row', 'inputs'),
     ('a prompt beside other conversations', 'tasks/pairs.py', 'if context and prompt not in (', 'if False and prompt not in (', 'inputs'),
     ('preferences among scored completions', 'tasks/pairs.py', 'if len(kinds) == 2:', 'if False:', 'copg'),
     ('no system turn', 'tasks/prompts.py', 'return [{"role": "system", "content": system}, *messages]', 'return messages', 'inputs'),

@@ -142,6 +142,10 @@ def test_preferences_as_conversations(chat, tmp_path, where):
             "do not answer the same prompt",
         ),
         (
+            {"completions": [[*TURNS, answer("4")]] * 2 + [[*TURNS[1:], answer("5")]]},
+            "do not answer the same prompt",
+        ),
+        (
             {"chosen": [*TURNS, answer("4")], "rejected": [*TURNS, answer("5")], "prompt": "3+3?"},
             "do not begin with its prompt",
         ),
@@ -220,6 +224,13 @@ def test_a_given_completion_has_one_end(chat, tmp_path):
     assert kept[0].ref_logprobs == kept[1].ref_logprobs
     ids = encode(model, tokenizer, kept[:1]).completion_ids
     assert [tokenizer.decode(row) for row in ids] == [f"2{eos}", f"3{eos}"]
+
+
+def test_the_token_0_may_end_a_completion(small):
+    """As in GPT-NeoX. -1 says that it was cut."""
+    rollout = encode(*small, [Record("1", ["2", "3"], ends=[0, -1])])
+    assert rollout.completion_ids[:, 1].tolist() == [0, 0]
+    assert rollout.completion_mask.tolist() == [[True, True], [True, False]]
 
 
 def test_a_prompt_has_no_end(small, model_dirs):
