@@ -233,6 +233,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('training on a test set', 'tasks/maths.py', 'if split == "train" and name != "math":', 'if False:', 'maths'),
     ('the context of a question is dropped', 'tasks/maths.py', 'if record.get("context"):', 'if False:', 'maths'),
     ("AMC's 27.0", 'tasks/maths.py', 'isinstance(answer, float) and', 'False and', 'maths'),
+    ('the first of several answers', 'tasks/maths.py', '", ".join(map(str, answer))', 'str(answer[0])', 'maths'),
     ('a tolerance on one side only', 'tasks/maths.py', 'abs(found - gold) <=', 'found - gold <=', 'maths'),
     ('a tolerance for nothing', 'tasks/maths.py', 'error != "" and', '', 'maths'),
     ('any file is taken for MATH', 'tasks/jsonl.py', 'hash_prefix=sha256', 'hash_prefix=None', 'maths'),

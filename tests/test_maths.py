@@ -75,6 +75,12 @@ def test_no_run_trains_on_a_test_set(name):
 def test_a_tolerance():
     record = FILES["olympiadbench"][0] | {"final_answer": ["4.2"], "unit": "%", "error": "1e-1"}
     put("olympiadbench", "test", record)
+    several = FILES["olympiadbench"][0] | {"final_answer": ["3", "5"]}
+    put("olympiadbench", "test", several)
+    task = make_task("olympiadbench", "test")
+    rewards = get_rewards(task, [0], ["\\boxed{5, 3}", "\\boxed{3}", "\\boxed{5}"])[0]
+    assert rewards.tolist() == [[1, 0, 0]]
+    put("olympiadbench", "test", record)
     completions = [
         "\\boxed{4.2}",
         "\\boxed{4.3\\%}",
