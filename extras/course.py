@@ -227,32 +227,37 @@ def judge(name: str, key: str, got: list[dict]) -> tuple[float, str]:
     errors = {outcome.get("error", "") for outcome in got}
     if len(errors) == 1 and errors != {""}:
         return 0.0, f"Nothing to grade: {errors.pop()}."
-    parts, shown = {}, []
+    parts, shown = {}, {}  # shown: the first wrong case of each
     for case, a, b in zip(cases, got, right, strict=True):
-        ok = agree(a, b, case.tolerance)
-        parts.setdefault(case.part or re.split(r"[( ]", case.label)[0], []).append(ok)
+        part, ok = case.part or function_of(case), agree(a, b, case.tolerance)
+        parts.setdefault(part, []).append(ok)
         if not ok:
-            shown.append(f"- {case.label}\n{difference(a, b, case.tolerance)}")
+            shown.setdefault(part, f"- {case.label}\n{difference(a, b, case.tolerance)}")
     share = sum(map(all, parts.values())) / len(parts)
-    lines = [f"{len(cases) - len(shown)} of {len(cases)} checks passed.", *shown[:2]]
+    passed = sum(map(sum, parts.values()))
+    lines = [f"{passed} of {len(cases)} checks passed.", *shown.values()]
     for mistake in known_mistakes(name, key, got) if share < 1 else ():
         hint = known_in(f"{name} {key}")[mistake][2]
         lines.append(f'Your code behaves like a known mistake, "{mistake}": {hint}')
     return share, "\n".join(lines)
 
 
+def function_of(case) -> str:
+    return re.split(r"[(, ]", case.label)[0]
+
+
 def known_mistakes(name: str, key: str, got: list[dict]) -> list[str]:
-    """The mistakes whose every deviation from the finished code the submission shows, too. If some
-    explain all that it returns, only those."""
+    """The mistakes that explain all that the functions they change return, right or wrong. If some
+    explain all that the submission returns, only those. A mistake that only crashes is none."""
     right, cases = expected(name, key, SEED), questions(name)[key].cases(SEED)
     found, exact = [], []
     for mistake, wrong in mistaken(name, key).items():
         rows = list(zip(got, right, wrong, cases, strict=True))
-        shows = [row for row in rows if not agree(row[2], row[1], row[3].tolerance)]
-        if shows and all(agree(a, w, c.tolerance) for a, _, w, c in shows):
+        changed = {function_of(c) for _, b, w, c in rows if not agree(w, b, c.tolerance)}
+        alike = [function_of(c) in changed for a, _, w, c in rows if not agree(a, w, c.tolerance)]
+        if changed and not any(alike) and any("value" in w for w in wrong):
             found.append(mistake)
-        if all(agree(a, w, c.tolerance) for a, _, w, c in rows):
-            exact.append(mistake)
+            exact += [] if alike else [mistake]
     return exact or found
 
 
@@ -447,8 +452,16 @@ def text_of(name: str) -> str:
         key, question = title[:2], questions(name).get(title[:2])
         parts = question and question.names.replace(" ", "`, `")
         where = f"; `{parts}` in `{question.file}`" if question else ""
-        text = text.replace(f"- **{key}** ", f"- **{title}** ({points} points{where}). ")
-    return text.replace("{rules}", rules.rstrip()).replace("{name}", name)
+        if not title.endswith("written"):  # those have their points in the text
+            text = text.replace(f"- **{key}** ", f"- **{title}** ({points} points{where}). ")
+    read = re.findall(r"^## (.*) \((\d+) points\)", text, re.MULTILINE)
+    total = 100 + sum(int(points) for _, points in read)
+    parts = "; ".join(f"{heading.lower()}, {points} points" for heading, points in read)
+    torch = re.search(r"^torch\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[0]
+    values = {"rules": rules.rstrip(), "name": name, "read": parts, "torch": torch, "total": total}
+    for word, value in values.items():
+        text = text.replace(f"{{{word}}}", str(value))
+    return text
 
 
 SETUP = """#!/usr/bin/env bash

@@ -1,5 +1,6 @@
 """A1, CoPG on a bandit: the questions of bandit_toy.py."""
 
+import numpy as np
 import torch
 from probe import Case, Question, call
 
@@ -54,7 +55,12 @@ def losses(names: str):
     def gradient(module, name, seed):
         p, logits = pairs(module, seed)
         weight = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(3, 4)
-        return torch.autograd.grad((getattr(module, name)(p) * weight).sum(), logits)[0]
+        value = getattr(module, name)(p)
+        if not value.requires_grad:
+            parts = "r and h" if name == "copg_loss" else "logp, or the margin"
+            problem = "what your loss returns has no gradient: rb is detached; build the loss from "
+            raise ValueError(problem + parts)
+        return torch.autograd.grad((value * weight).sum(), logits)[0]
 
     def cases(seed: int) -> list[Case]:
         label = "{}(pairs), its gradient in the logits".format
@@ -65,15 +71,16 @@ def losses(names: str):
 
 def data(seed: int) -> list[Case]:
     def episodes(module):
-        arms, rewards = module.collect(
-            (0.2, 0.3, 0.5), 4000, module.np.random.default_rng(seed), module.ThreeArmedBandit()
-        )
+        env, rng = module.ThreeArmedBandit(), module.np.random.default_rng(seed)
+        env.step = lambda arm: (0, 10.0 - arm, True, False, {})  # not the rewards of the file
+        found = module.collect((0.2, 0.3, 0.5), 4000, rng, env)
+        arms, rewards = (np.asarray(x).tolist() for x in found)
         shares = [sum(arm == i for arm in arms) / 4000 for i in range(3)]
         seen = {str(arm): float(r) for arm, r in zip(arms, rewards, strict=True)}
         return {"shares": [round(x, 1) for x in shares], "rewards": seen, "n": len(arms)}
 
     def columns(module, labels):
-        y, y_, wins = module.data_set((seed, seed + 1), 3000, labels)
+        y, y_, wins = map(torch.as_tensor, module.data_set((seed, seed + 1), 3000, labels))
         difference = torch.tensor(module.R)[y] - torch.tensor(module.R)[y_]
         preferred = [wins[difference == d].double().mean().item() for d in (1.5, -1.5)]
         shares = [(arm == i).double().mean().item() for arm in (y, y_) for i in range(3)]
@@ -82,7 +89,7 @@ def data(seed: int) -> list[Case]:
 
     label = "data_set, {}: shares and preferences".format
     return [
-        Case("collect((.2, .3, .5), 4000, rng, env): shares and rewards of the arms", episodes),
+        Case("collect((.2, .3, .5), 4000, rng, env): the arms and the env's rewards", episodes),
         *(Case(label(x), lambda m, x=x: columns(m, x), 0.1) for x in ("sampled", "ranked")),
     ]
 

@@ -1,5 +1,7 @@
 """A3, Group Policy Gradient: the questions of gpg.py."""
 
+import math
+
 import torch
 from probe import Case, Question, call, gradient
 from training import rewards_of, sampling_cases, train_case
@@ -9,7 +11,9 @@ def advantages(seed: int) -> list[Case]:
     cases = [call("is_valid", rewards) for rewards in rewards_of(seed)]
     mixed = [rewards_of(seed)[i] for i in (0, 1, 3, 4)]
     cases += [call("group_advantages", rewards) for rewards in mixed]
-    return cases + [call("group_advantages", rewards[:1], "std") for rewards in mixed[:2]]
+    spreads = torch.tensor([[0.0, 0, 1, 1], [4, 0, -4, 2]])
+    stds = [*(rewards[:1] for rewards in mixed[:2]), spreads]
+    return cases + [call("group_advantages", rewards, "std") for rewards in stds]
 
 
 def alpha(seed: int) -> list[Case]:
@@ -43,6 +47,7 @@ def groups(seed: int) -> list[Case]:
 
 def sampling(seed: int) -> list[Case]:
     flags = [f"--beta-th {x} --max-rounds 4" for x in (0.5, 0.7, 0.75, 0.9)]
+    flags += ["--beta-th 1 --max-rounds 1", "--beta-th 0 --temperature 0.3"]
     return sampling_cases(["--beta-th 0", *flags], seed)
 
 
@@ -61,7 +66,18 @@ def update(seed: int) -> list[Case]:
     flags += ["--mask-truncated"]
     columns = ["loss", "grad_norm", "lr", "weights"]
     cases = [train_case(f"{x} --steps 2 --seed {seed}", columns) for x in flags]
-    return [*cases, train_case(f"--steps 2 --seed {seed}", columns, task="AllDead-v0")]
+    dead = train_case(f"--steps 2 --seed {seed}", [*columns, "warned"], task="AllDead-v0")
+
+    def stops(module):
+        given = {"gpg_loss": lambda logprobs, *args, **kwargs: logprobs.sum() * math.nan}
+        try:
+            train_case(f"--steps 1 --seed {seed}", ["loss"], given=given).run(module)
+        except RuntimeError as error:
+            return "non-finite" in str(error)
+        return False
+
+    label = "train with a loss that is NaN: is a gradient that is not finite an error?"
+    return [*cases, dead, Case(label, stops, part=label)]
 
 
 ROUNDS = "prompts, rollouts, rollout, rewards, valid"

@@ -85,7 +85,9 @@ def brief(x) -> str:
     if isinstance(x, dict):
         return ", ".join(f"{key} {brief(value)}" for key, value in x.items())
     if isinstance(x, list):
-        return f"[{', '.join(map(brief, x))}]"
+        long = len(x) > 16 and isinstance(x[0], float)  # the weights of a model
+        more = [f"... ({len(x)} numbers)"] if long else []
+        return f"[{', '.join([*map(brief, x[:2] if long else x), *more])}]"
     return f"{x:.5g}" if isinstance(x, float) else repr(x)
 
 

@@ -77,8 +77,8 @@ def train_case(
     flags: str, values, task: str = "Letters-v0", until: str = "", given: dict | None = None
 ) -> Case:
     """A training with these flags. `values` are columns of its metrics, "weights" being how far
-    they have moved; or, with `until`, a function of what this function of the module returns.
-    `given` functions take the place of the module's."""
+    they have moved, "warned" whether dead groups were reported; or, with `until`, a function of
+    what this function of the module returns. `given` functions take the place of the module's."""
 
     def run(module):
         fixed = f"--model {small_model()} --task {task} --prompts 4 --group-size 4 --lr 1e-3 "
@@ -98,6 +98,8 @@ def train_case(
             except Returned as returned:
                 return values(*returned.args[0])
         found = {x: [row.get(x) for row in trained.rows[1:]] for x in values}
+        if "warned" in values:
+            found["warned"] = any("dead" in message for message in trained.warned)
         if "weights" in values:
             before = AutoModelForCausalLM.from_pretrained(small_model()).parameters()
             moved = zip(trained.model.parameters(), before, strict=True)
