@@ -234,8 +234,8 @@ def judge(name: str, key: str, got: list[dict]) -> tuple[float, str]:
         if not ok:
             shown.setdefault(part, f"- {case.label}\n{difference(a, b, case.tolerance)}")
     share = sum(map(all, parts.values())) / len(parts)
-    passed = sum(map(sum, parts.values()))
-    lines = [f"{passed} of {len(cases)} checks passed.", *shown.values()]
+    lines = [f"{sum(map(sum, parts.values()))} of {len(cases)} checks passed.", *shown.values()]
+    lines[4:] = [line.partition("\n")[0] for line in lines[4:]]  # only their names
     for mistake in known_mistakes(name, key, got) if share < 1 else ():
         hint = known_in(f"{name} {key}")[mistake][2]
         lines.append(f'Your code behaves like a known mistake, "{mistake}": {hint}')
@@ -458,10 +458,8 @@ def text_of(name: str) -> str:
     total = 100 + sum(int(points) for _, points in read)
     parts = "; ".join(f"{heading.lower()}, {points} points" for heading, points in read)
     torch = re.search(r"^torch\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[0]
-    values = {"rules": rules.rstrip(), "name": name, "read": parts, "torch": torch, "total": total}
-    for word, value in values.items():
-        text = text.replace(f"{{{word}}}", str(value))
-    return text
+    rules = rules.rstrip().format(name=name, read=parts, torch=torch, total=total)
+    return text.replace("{rules}", rules)
 
 
 SETUP = """#!/usr/bin/env bash

@@ -57,9 +57,8 @@ def losses(names: str):
         weight = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(3, 4)
         value = getattr(module, name)(p)
         if not value.requires_grad:
-            parts = "r and h" if name == "copg_loss" else "logp, or the margin"
-            problem = "what your loss returns has no gradient: rb is detached; build the loss from "
-            raise ValueError(problem + parts)
+            why = "rb is detached; build the loss from r and h, or from logp"
+            raise ValueError(f"what your loss returns has no gradient: {why}")
         return torch.autograd.grad((value * weight).sum(), logits)[0]
 
     def cases(seed: int) -> list[Case]:

@@ -146,6 +146,24 @@ def test_other_mistakes_are_shown_but_not_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "key, right, wrong",
+    [
+        ("Q1", "rewards.amax(1) != rewards.amin(1)", "rewards.mean(1) > 0.1"),
+        ("Q5", "valid = is_valid(rewards)", "valid = (rewards > 0).any(1)"),
+    ],
+)
+def test_a_mistake_that_explains_only_a_part_is_not_named(tmp_path, key, right, wrong):
+    """They share the wrong checks of "validity by a statistic" and "never sampled again"."""
+    share, feedback = submit(tmp_path, "A3", key, [(right, wrong)])
+    assert share < 1 and "known mistake" not in feedback
+
+
+def test_what_is_collected_may_be_tensors(tmp_path):
+    right, wrong = "return arms, np.array(rewards)", "return torch.tensor(arms), f64(rewards)"
+    assert submit(tmp_path, "A1", "Q5", [(right, wrong)])[0] == 1
+
+
+@pytest.mark.parametrize(
     "code, reason",
     [
         ("def is_valid(:", "SyntaxError"),
