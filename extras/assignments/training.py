@@ -26,7 +26,8 @@ class Letters(TextTask):
 
     def reward(self, completion, answer):
         first = completion.encode()[0] if completion else 0
-        return 0.1 if int(answer) % 8 in self.dead else (first % 3) / 2
+        same = (int(answer) % 8 != 3) / 10  # dead groups have .1 or 0
+        return same if int(answer) % 8 in self.dead else (first % 3) / 2
 
 
 class FewDead(Letters):
