@@ -20,6 +20,7 @@ NUMBER = re.compile(
     r"(?:e[-+]?\d+)?(?:/\d+)?",  # an exponent; a denominator
     re.IGNORECASE | re.ASCII,
 )
+INTEGER = re.compile(r"-?[0-9]{1,50}")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # Prose may end in TeX or a tuple, whose last number is only a part. "$5 and $6" is no TeX.
@@ -100,6 +101,8 @@ def gold_answer(answer: str) -> str:
 def is_correct(completion: str, answer: str) -> bool:
     """Is the completion's answer, or the whole completion, equal to this answer?"""
     gold, found = gold_answer(answer), extract_answer(completion)
+    if found is not None and INTEGER.fullmatch(found) and INTEGER.fullmatch(gold):
+        return int(found) == int(gold)  # the common case, ten times faster
     return same_text(completion, gold) or (found is not None and same_answer(found, gold))
 
 
