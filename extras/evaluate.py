@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import load_model, mean_and_error, sample
 from run import Parser, number, plain_errors, positive_float, positive_int, write
 from tasks import UserError, get_prompts, get_rewards, held_out, make_task
+from tasks.episodes import get_size
 from tasks.prompts import leave_out_misfits, prompt_text
 
 
@@ -154,8 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 def split(task, args: argparse.Namespace) -> list[list[int]]:
     """The problems of an evaluation, in batches of about --rows completions."""
-    endless = getattr(task.unwrapped, "size", None) is None
-    batches = held_out(task, min(args.problems, 200) if endless else args.problems)
+    batches = held_out(task, args.problems if get_size(task) else min(args.problems, 200))
     problems = [problem for batch in batches for problem in batch]
     n = max(1, args.rows // args.samples)
     return [problems[i : i + n] for i in range(0, len(problems), n)]

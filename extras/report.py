@@ -22,7 +22,7 @@ import gpg
 import grpo
 from common import Rollout, frozen_logprobs, load_model
 from run import Parser, describe, number, plain_errors
-from tasks import UserError, first_problem, get_prompts, make_task
+from tasks import UserError, first_problem, get_prompts, make_tasks
 from tasks.pictures import data_uri, is_vision, read_pictures
 from tasks.prompts import check_token_ids, leave_out_misfits, pad, prompt_text
 
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         except (OSError, ValueError) as error:
             raise UserError(f"{run['checkpoint']}: not readable ({error!r:.200})") from error
         task = run["config"].get("task") if vision or args.rescore else None
-        task = make_task(task) if task else None
+        task = make_tasks(task, run["config"].get("eval_task"))[0] if task else None
         if vision and task:
             find_pictures(run, task)
         if args.rescore:
