@@ -8,7 +8,6 @@ import string
 from pathlib import Path
 
 import gymnasium
-import numpy as np
 
 PROBLEMS_PER_SEED = 10**7
 
@@ -18,7 +17,7 @@ class UserError(ValueError):
 
 
 def cache_dir() -> Path:
-    """Where tiny models and GSM8K are cached: under $XDG_CACHE_HOME, or ~/.cache."""
+    """Where tiny models and data sets are cached: under $XDG_CACHE_HOME, or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "policy-gradients"
 
 
@@ -32,34 +31,38 @@ def first_problem(seed: int) -> int:
     return PROBLEMS_PER_SEED * (1 + seed % 200)
 
 
-class AnyText(gymnasium.spaces.Text):
-    """All strings. Gymnasium's own Text needs a finite alphabet; here only sample() uses one."""
+def is_text(x) -> bool:
+    """Is x a string that can be encoded? One with a lone surrogate cannot."""
+    return isinstance(x, str) and x.encode(errors="ignore").decode() == x
+
+
+def is_prompt(x) -> bool:
+    """Is x a text, a list of messages {"role", "content"}, or {"image", "text"}? Not empty."""
+    if isinstance(x, dict):
+        return "image" in x and is_text(x.get("text")) and x["text"] != ""
+    if isinstance(x, list):
+        return x != [] and all(
+            isinstance(turn, dict) and is_text(turn.get("role")) and is_text(turn.get("content"))
+            for turn in x
+        )
+    return is_text(x) and x != ""
+
+
+class Texts(gymnasium.spaces.Text):
+    """All texts. Gymnasium's own Text needs a finite alphabet; here only sample() uses one."""
 
     def __init__(self):
         super().__init__(max_length=80, min_length=0, charset=string.printable)
 
     def contains(self, x) -> bool:
-        return isinstance(x, str)
+        return is_text(x)
 
 
-class AnyMessages(gymnasium.spaces.Sequence):
-    """Chat messages: a list of {"role": text, "content": text}."""
-
-    def __init__(self):
-        super().__init__(gymnasium.spaces.Dict(role=AnyText(), content=AnyText()))
+class Prompts(Texts):
+    """All prompts, with and without pictures. sample() gives a text."""
 
     def contains(self, x) -> bool:
-        return isinstance(x, list) and super().contains(tuple(x))
-
-
-class AnyImage(gymnasium.spaces.Box):
-    """Images of any size: uint8 [H, W, 3]. sample() gives a small one."""
-
-    def __init__(self):
-        super().__init__(0, 255, (8, 8, 3), np.uint8)
-
-    def contains(self, x) -> bool:
-        return isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.shape[2:] == (3,)
+        return is_prompt(x)
 
 
 class TextTask(gymnasium.Env):
@@ -71,12 +74,12 @@ class TextTask(gymnasium.Env):
     string}.
     """
 
+    observation_space, action_space = Prompts(), Texts()
     size: int | None = None  # number of problems; None: endless
     words: list[str] | None = None  # the tiny model's vocabulary; None: one token per byte
 
     def __init__(self, split: str = "train"):
         self.split = split  # "train" or "test"
-        self.observation_space, self.action_space = AnyText(), AnyText()
 
     def problem(self, index: int) -> tuple[str | list | dict, str]:
         """Problem `index` as (prompt, answer). The same index gives the same problem.

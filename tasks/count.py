@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 
-import gymnasium
 import numpy as np
 
-from .base import AnyImage, AnyText, TextTask
+from .base import TextTask
 from .verifier import is_correct
 
 COLOURS = {
@@ -26,10 +25,6 @@ class Count(TextTask):
     After the first, flawless demonstrations, half of them miscount one row. Test pictures use
     other seeds, but half of them also occur in the demonstrations.
     """
-
-    def __init__(self, split: str = "train"):
-        super().__init__(split)
-        self.observation_space = gymnasium.spaces.Dict(image=AnyImage(), text=AnyText())
 
     def squares(self, index: int) -> tuple[list[list[str]], str]:
         """The colours of problem `index`, row by row, and the colour to count."""

@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
-import numpy as np
 import torch
 from gymnasium.envs.registration import load_env_creator
+from gymnasium.utils.env_checker import data_equivalence
 from torch import Tensor
 from tqdm import tqdm
 
-from .base import TextTask, UserError
-from .jsonl import JSONLines
+from .base import TextTask, UserError, is_prompt
+from .jsonl import JSONLines, choose, read_records
+
+# ---- Creating a task -----------------------------------------------------------------------------
 
 
 def make_task(name: str, split: str = "train", whole: bool = False) -> gymnasium.Env:
@@ -32,16 +34,17 @@ def make_task(name: str, split: str = "train", whole: bool = False) -> gymnasium
     ("my_tasks:Haiku-v0").
     """
     if name.endswith(".jsonl"):
-        return JSONLines(Path(name), split, whole)
+        records = read_records(Path(name))
+        return JSONLines(records if whole else choose(records, split), split)
     unknown = f"--task {name}: not a task such as add or gsm8k, a .jsonl file or module:Name-v0"
-    module, colon, env_id = name.rpartition(":")
-    if module.startswith(".") or name.startswith(":"):  # ./my_tasks:Haiku-v0
+    module, _, env_id = name.rpartition(":")
+    if name.startswith((".", ":")):  # ./my_tasks:Haiku-v0
         raise UserError(unknown)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for the user's my_tasks.py
     with task_code("while it was made"):
         try:
-            if colon:
+            if module:
                 importlib.import_module(module)
             spec = gymnasium.spec(env_id)
         except (gymnasium.error.Error, ModuleNotFoundError) as error:
@@ -92,9 +95,26 @@ class TaskError(Exception):
     """In place of an exception from which a script would conclude something about itself."""
 
 
-def is_text(x) -> bool:
-    """Is x a string that can be encoded? One with a lone surrogate cannot."""
-    return isinstance(x, str) and x.encode(errors="ignore").decode() == x
+def get_size(task: gymnasium.Env) -> int | None:
+    """The number of problems; None if the task is endless. Raises UserError."""
+    size = getattr(task.unwrapped, "size", None)
+    if size is not None and not (isinstance(size, numbers.Integral) and size > 0):
+        raise UserError(f"the task has the size {size!r:.60}: not a number of problems")
+    return size
+
+
+def held_out(task: gymnasium.Env, count: int, first: int = 0) -> list[list[int]]:
+    """The problems of an evaluation: up to `count`, starting at `first`, in batches of 64.
+
+    Raises UserError if there are none.
+    """
+    end = min(first + count, get_size(task) or first + count)
+    if first >= end:
+        raise UserError(f"--eval-first {first}: there are only {end} held-out problems")
+    return [list(range(i, min(i + 64, end))) for i in range(first, end, 64)]
+
+
+# ---- Episodes ------------------------------------------------------------------------------------
 
 
 def get_prompts(task: gymnasium.Env, problems: list[int]) -> list:
@@ -104,12 +124,7 @@ def get_prompts(task: gymnasium.Env, problems: list[int]) -> list:
     for index in problems:
         with task_code(f"at problem {index}"):
             prompt, _ = task.reset(seed=index)
-        text = prompt.get("text") if isinstance(prompt, dict) and "image" in prompt else prompt
-        is_messages = isinstance(text, list) and all(
-            isinstance(x, dict) and is_text(x.get("role")) and is_text(x.get("content"))
-            for x in text
-        )
-        if not (is_messages or is_text(text)) or not text:
+        if not is_prompt(prompt):
             raise UserError(
                 f"problem {index} of the task has the prompt {prompt!r:.60}: not a text"
             )
@@ -129,17 +144,17 @@ def get_rewards(
     """
     G = len(completions) // len(problems)
     together = getattr(type(task.unwrapped), "rewards", TextTask.rewards) is not TextTask.rewards
-    prompts, rewards, solved = {}, [], []
+    rewards, solved = [], []
     for i, index in enumerate(problems):
         group, problem = completions[i * G : (i + 1) * G], f"problem {index} of the task"
+        (prompt,) = get_prompts(task, [index])  # it resets the task
         if together:
-            get_prompts(task, [index])  # it resets the task
             with task_code(f"at problem {index}, completions {group!r:.200}"):
                 outcomes = [(r, {}) for r in task.unwrapped.rewards(group, task.unwrapped.answer)]
             if len(outcomes) != G:
                 raise UserError(f"{problem} has {len(outcomes)} rewards for {G} completions")
         else:
-            outcomes = [episode(task, index, completion, prompts) for completion in group]
+            outcomes = [episode(task, index, prompt, completion) for completion in group]
         for completion, (reward, info) in zip(group, outcomes, strict=True):
             value = as_number(reward)
             if not math.isfinite(value):
@@ -155,11 +170,10 @@ def get_rewards(
     return torch.tensor(rewards).view(-1, G), torch.tensor(solved).view(-1, G)
 
 
-def episode(task: gymnasium.Env, index: int, completion: str, prompts: dict) -> tuple:
-    """One episode -> its reward and info. prompts: of the problems so far."""
-    problem = f"problem {index} of the task"
-    (prompt,) = get_prompts(task, [index])
-    if not same_prompt(prompt, prompts.setdefault(index, prompt)):
+def episode(task: gymnasium.Env, index: int, prompt, completion: str) -> tuple:
+    """The reward and the info of one episode."""
+    problem, again = f"problem {index} of the task", get_prompts(task, [index])
+    if not data_equivalence(again, [prompt], exact=True):
         raise UserError(f"{problem} has another prompt after another reset(seed={index})")
     with task_code(f"at problem {index}, completion {completion!r:.200}"):
         _, reward, terminated, _, info = task.step(completion)
@@ -170,12 +184,6 @@ def episode(task: gymnasium.Env, index: int, completion: str, prompts: dict) -> 
     return reward, info
 
 
-def same_prompt(a: str | dict, b: str | dict) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a["text"] == b["text"] and np.array_equal(a["image"], b["image"])
-    return type(a) is type(b) and a == b
-
-
 def as_number(x) -> float:
     """A number, bool or scalar tensor as a float32; NaN for anything else."""
     try:
@@ -183,22 +191,3 @@ def as_number(x) -> float:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return math.nan
     return value.item() if value.ndim == 0 else math.nan
-
-
-def get_size(task: gymnasium.Env) -> int | None:
-    """The number of problems; None if the task is endless. Raises UserError."""
-    size = getattr(task.unwrapped, "size", None)
-    if size is not None and not (isinstance(size, numbers.Integral) and size > 0):
-        raise UserError(f"the task has the size {size!r:.60}: not a number of problems")
-    return size
-
-
-def held_out(task: gymnasium.Env, count: int, first: int = 0) -> list[list[int]]:
-    """The problems of an evaluation: up to `count`, starting at `first`, in batches of 64.
-
-    Raises UserError if there are none.
-    """
-    end = min(first + count, get_size(task) or first + count)
-    if first >= end:
-        raise UserError(f"--eval-first {first}: there are only {end} held-out problems")
-    return [list(range(i, min(i + 64, end))) for i in range(first, end, 64)]

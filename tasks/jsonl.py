@@ -1,4 +1,4 @@
-"""Problems from a JSONL file, and GSM8K."""
+"""Files of problems, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
-import torch
-from gymnasium.spaces import Dict
-
-from .base import PROBLEMS_PER_SEED, AnyImage, AnyMessages, AnyText, TextTask, UserError, cache_dir
+from .base import PROBLEMS_PER_SEED, TextTask, UserError
 from .pictures import DATA_URI, read_image
 from .verifier import gold_answer, is_correct
 
@@ -30,30 +26,16 @@ class Problem:
 
 
 class JSONLines(TextTask):
-    """A file of JSON objects, one per line, with a prompt (see `read_prompt`) and an `answer`.
+    """The problems of a file. Training reshuffles for every pass; the test keeps their order.
 
-    Every tenth prompt is held out, beginning with the first; a file with a single prompt has it in
-    both splits. whole=True: no prompt is held out, all are in this split. Training reshuffles for
-    every pass; the test keeps the order of the file. Pictures are read when they are needed.
+    Pictures are read when they are needed.
     """
 
-    instruction = ""
+    instruction = ""  # follows every prompt
 
-    def __init__(self, path: Path, split: str = "train", whole: bool = False):
+    def __init__(self, records: list[Problem], split: str = "train"):
         super().__init__(split)
-        records = read_records(path)
-        self.records = records if whole else self.choose(records)
-        self.size = len(self.records)
-        first = self.records[0].prompt
-        if isinstance(first, dict):
-            self.observation_space = Dict(image=AnyImage(), text=AnyText())
-        elif isinstance(first, list):
-            self.observation_space = AnyMessages()
-
-    def choose(self, records: list[Problem]) -> list[Problem]:
-        is_test, mask = self.split == "test", held_out_mask([r.prompt for r in records])
-        chosen = [r for r, held_out in zip(records, mask, strict=True) if held_out == is_test]
-        return chosen or records
+        self.records, self.size = records, len(records)
 
     def record(self, index: int) -> Problem:
         if self.split == "test":
@@ -66,8 +48,7 @@ class JSONLines(TextTask):
         record = self.record(index)
         prompt, answer = record.prompt, gold_answer(record.answer)
         if isinstance(prompt, dict):
-            image = read_image(prompt["image"], record.where)
-            return {"image": image, "text": prompt["text"]}, answer
+            prompt = prompt | {"image": read_image(prompt["image"], record.where)}
         return prompt + self.instruction if self.instruction else prompt, answer
 
     def reward(self, completion, answer):
@@ -77,53 +58,44 @@ class JSONLines(TextTask):
         return re.sub(r"<<.*?>>", "", self.record(index).answer)  # no calculator notes of GSM8K
 
 
-class GSM8K(JSONLines):
-    """Grade-school maths (Cobbe et al. 2021, arXiv 2110.14168), downloaded once from its authors.
-
-    Without a network, put train.jsonl and test.jsonl into ~/.cache/policy-gradients/gsm8k.
-    """
-
-    url = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
-    instruction = "\nReason step by step, then write the final answer as \\boxed{answer}."
-
-    def __init__(self, split: str = "train"):
-        path = download("gsm8k", f"{split}.jsonl", f"{self.url}/{split}.jsonl")
-        super().__init__(path, split)
-
-    def choose(self, records):
-        return records  # the authors' own split
-
-
-def download(folder: str, name: str, url: str, sha256: str | None = None) -> Path:
-    """The file `name` of a folder of the cache, downloaded if it is not there. Raises UserError."""
-    path = cache_dir() / folder / name
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # It writes beside the path, compares the checksum, then renames.
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the checksum
-            raise UserError(
-                f"{url} could not be downloaded ({error}): put it into {path.parent} as {name}"
-            ) from error
-    return path
-
-
 @functools.lru_cache(maxsize=8)
 def shuffled(n: int, seed: int) -> list[int]:
     """The numbers 0 to n - 1 in a random order."""
     return random.Random(seed).sample(range(n), n)
 
 
+def read_records(path: Path) -> list[Problem]:
+    """The problems of a file: each line has a prompt (see `read_prompt`) and an `answer`. Raises
+    UserError with the number of a bad line."""
+    records = []
+    for where, line in json_lines(path):
+        prompt, answer = read_prompt(line, path, where), line.get("answer")
+        if type(answer) not in (str, int, float) or not str(answer).strip():
+            raise UserError(f"{where}: needs a text or a number under 'answer'")
+        if isinstance(answer, float) and not math.isfinite(answer):
+            raise UserError(f"{where}: needs a finite number under 'answer'")
+        records.append(Problem(prompt, str(answer), where))
+    return records
+
+
+def choose(records: list[Problem], split: str) -> list[Problem]:
+    """The records of the split "train" or "test". Every tenth prompt is held out, beginning with
+    the first; a file with a single prompt has it in both splits."""
+    mask = held_out_mask([record.prompt for record in records])
+    pairs = zip(records, mask, strict=True)
+    return [record for record, held_out in pairs if held_out == (split == "test")] or records
+
+
 def held_out_mask(prompts: list) -> list[bool]:
     """True for every tenth prompt. Records with equal prompts are never on both sides."""
     numbers = {}  # of the distinct prompts
-    keys = [json.dumps(p["text"] + p["image"] if isinstance(p, dict) else p) for p in prompts]
+    keys = [json.dumps(prompt) for prompt in prompts]
     return [numbers.setdefault(key, len(numbers)) % 10 == 0 for key in keys]
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Every record of a JSONL file, after "file, line n" for error messages.
+def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Every record of a JSONL file, after "file, line n" for error messages. A field that is null
+    counts as absent.
 
     Raises UserError for a file without records and for a line that is not a JSON object.
     """
@@ -146,36 +118,22 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{where}: not a JSON object ({error})") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: not a JSON object")
-        yield where, record
+        yield where, {name: value for name, value in record.items() if value is not None}
 
 
-def read_records(path: Path) -> list[Problem]:
-    """The problems of a JSONL file. Raises UserError with the number of a bad line."""
-    records = []
-    for where, line in json_lines(path):
-        prompt, answer = read_prompt(line, path, where), line.get("answer")
-        if type(answer) not in (str, int, float) or not str(answer).strip():
-            raise UserError(f"{where}: needs a text or a number under 'answer'")
-        if isinstance(answer, float) and not math.isfinite(answer):
-            raise UserError(f"{where}: needs a finite number under 'answer'")
-        records.append(Problem(prompt, str(answer), where))
-    return records
-
-
-def read_prompt(line: dict, path: Path, where: str) -> str | list[dict] | dict:
+def read_prompt(line: dict, path: str | Path, where: str) -> str | list[dict] | dict:
     """The prompt of a line: a text under `prompt` or `question`, or messages under `prompt` or
-    `messages`: a list of {"role", "content"}. null counts as absent.
+    `messages`: a list of {"role", "content"}.
 
     With a picture, its path (relative to the file) or data URI under `image`, or in a list under
-    `images`, the prompt is {"image", "text", "where"}; the mark <image> is dropped from the text.
+    `images`, the prompt is {"image", "text"}; the mark <image> is dropped from the text.
     """
-    image, images = line.get("image"), line.get("images")
-    if images is not None:
-        if image is not None or not isinstance(images, list) or len(images) != 1:
-            raise UserError(f"{where}: needs one picture, under 'image' or in a list in 'images'")
-        image = images[0]
-    found = [line[x] for x in ("prompt", "question", "messages") if line.get(x) is not None]
-    prompt = found[0] if found else None
+    images = line.get("images", [line.get("image")])
+    several = not isinstance(images, list) or len(images) != 1
+    if several or ("image" in line and "images" in line):
+        raise UserError(f"{where}: needs one picture, under 'image' or in a list in 'images'")
+    image = images[0]
+    prompt = next((line[x] for x in ("prompt", "question", "messages") if x in line), None)
     if isinstance(prompt, list):
         prompt = read_messages(prompt, where, has_picture=image is not None)
         if prompt[-1]["role"] == "assistant":
@@ -192,7 +150,7 @@ def read_prompt(line: dict, path: Path, where: str) -> str | list[dict] | dict:
         raise UserError(f"{where}: needs one text beside its picture, not {len(prompt)} messages")
     if not image.startswith(DATA_URI):
         image = str((Path(path).parent / image).resolve())
-    return {"image": image, "text": prompt.replace("<image>", "").strip(), "where": where}
+    return {"image": image, "text": prompt.replace("<image>", "").strip()}
 
 
 def read_messages(messages: list, where: str, has_picture: bool = False) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Mathematics: MATH for training, and the five test sets of the GPG paper (table 1).
+"""Mathematics: GSM8K and MATH for training, and the five test sets of the GPG paper (table 1).
 
 Each file is downloaded once, or put by hand into ~/.cache/policy-gradients/<task>/ as train.jsonl
 or test.jsonl; math500 is the test of math.
@@ -7,18 +7,24 @@ or test.jsonl; math500 is the test of math.
 from __future__ import annotations
 
 from fractions import Fraction
+from http.client import HTTPException
 from pathlib import Path
 
-from .base import TextTask, UserError
-from .jsonl import GSM8K, JSONLines, Problem, download, json_lines
+import torch
+
+from .base import UserError, cache_dir
+from .jsonl import JSONLines, Problem, json_lines
 from .verifier import as_number, extract_answer, fold, is_correct
 
 # No address here could be tried where this was written; the files' columns and MATH's checksum are
 # those of the published files.
 QWEN = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data"
 MATH = "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits"
+GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
 URLS = {
-    ("math", "train"): f"{MATH}/train.jsonl",  # 12,000 problems, of which levels 3 to 5 are used
+    ("gsm8k", "train"): f"{GSM8K}/train.jsonl",  # 7,473 problems
+    ("gsm8k", "test"): f"{GSM8K}/test.jsonl",  # 1,319
+    ("math", "train"): f"{MATH}/train.jsonl",  # 12,000, of which levels 3 to 5 are used
     ("math", "test"): f"{MATH}/test.jsonl",  # 500: MATH-500
     ("aime24", "test"): f"{QWEN}/aime24/test.jsonl",  # 30
     ("amc23", "test"): f"{QWEN}/amc23/test.jsonl",  # 40
@@ -34,17 +40,14 @@ class Maths(JSONLines):
     """Problems with one answer, which the verifier judges. Raises UserError for a test set that is
     asked for its training split."""
 
-    instruction = GSM8K.instruction
+    instruction = "\nReason step by step, then write the final answer as \\boxed{answer}."
 
     def __init__(self, split: str = "train", name: str = "math"):
-        TextTask.__init__(self, split)
-        folder = "math" if name == "math500" else name
-        if split == "train" and name != "math":
+        if split == "train" and name not in ("gsm8k", "math"):
             raise UserError(f"{name} is a test set, not to be trained on: use --eval-task {name}")
-        key = folder, split
-        path = download(folder, f"{split}.jsonl", URLS[key], SHA256.get(key))
-        self.records = read_problems(path, levels="345" if split == "train" else "")
-        self.size = len(self.records)
+        path = download("math" if name == "math500" else name, split)
+        levels = "345" if (name, split) == ("math", "train") else ""
+        super().__init__(read_problems(path, levels), split)
 
     def reward(self, completion, answer):
         answer, _, error = answer.partition(" ± ")
@@ -54,7 +57,23 @@ class Maths(JSONLines):
         return float(error != "" and found is not None and abs(found - gold) <= Fraction(error))
 
 
-def read_problems(path: Path, levels: str = "") -> list[Problem]:
+def download(folder: str, split: str) -> Path:
+    """The file of a split in the cache, downloaded if it is not there. Raises UserError."""
+    path, url = cache_dir() / folder / f"{split}.jsonl", URLS[folder, split]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # It writes beside the path, compares the checksum, then renames.
+            sha256 = SHA256.get((folder, split))
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the checksum
+            raise UserError(
+                f"{url} could not be downloaded ({error}): put it into {path.parent} as {path.name}"
+            ) from error
+    return path
+
+
+def read_problems(path: Path, levels: str) -> list[Problem]:
     """The problems of a file; with `levels`, only those of these. Raises UserError.
 
     The files name the problem `problem` or `question`, after a `context`; the answer `answer` or

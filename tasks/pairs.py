@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,55 +35,51 @@ def read_records(path: str | Path) -> list[Record]:
     A preference becomes R = 1/4 and -1/4, with which CoPG is IPO (property 3). Every tenth prompt
     is held out. `write_records` adds the fields `ends`, `ref_logprobs` and `held_out`.
     """
-    records, kinds = [], set()
-    for where, line in json_lines(path):
+    lines, records = list(json_lines(path)), []
+    for where, line in lines:
+        for name in ("chosen", "rewards", "ends", "ref_logprobs", "held_out"):
+            if (name in line) != (name in lines[0][1]):
+                raise UserError(f"{where}: {name!r} must be in every line or in none")
         completions, rewards = line.get("completions"), line.get("rewards")
-        kinds.add(line.get("chosen") is not None)
-        if line.get("chosen") is not None:
+        if "chosen" in line:
             if completions is not None or rewards is not None:
                 raise UserError(f"{where}: either 'chosen' and 'rejected', or 'completions'")
             completions, rewards = [line["chosen"], line.get("rejected")], [0.25, -0.25]
-        if len(kinds) == 2:
-            raise UserError(f"{where}: preferences and scored completions in one file")
         if not isinstance(completions, list) or len(completions) < 2:
             raise UserError(f"{where}: needs two completions or more, or 'chosen' and 'rejected'")
-        context, completions = split_conversations(completions, line.get("prompt"), where)
-        ends = numbers(line.get("ends"), "ends", completions, where)
-        if ends and not all(type(end) is int and end >= -1 for end in ends):
-            raise UserError(f"{where}: needs token ids, or -1, in 'ends'")
+        G = len(records[0].completions) if records else len(completions)
+        if len(completions) != G:
+            raise UserError(f"{where}: needs {G} completions, like the first line")
+        kinds = {type(completion) for completion in completions}
+        if kinds == {list}:
+            context, completions = split_conversations(completions, line.get("prompt"), where)
+            if context:
+                line["prompt"] = context
+        elif kinds != {str}:
+            raise UserError(f"{where}: a completion is neither a text nor a list of messages")
         records.append(
             Record(
-                prompt=read_prompt(line | context, path, where),
+                prompt=read_prompt(line, path, where),
                 completions=completions,
-                rewards=numbers(rewards, "rewards", completions, where),
-                ends=ends,
-                ref_logprobs=numbers(line.get("ref_logprobs"), "ref_logprobs", completions, where),
+                rewards=numbers(rewards, "rewards", G, where),
+                ends=numbers(line.get("ends"), "ends", G, where),
+                ref_logprobs=numbers(line.get("ref_logprobs"), "ref_logprobs", G, where),
                 held_out=line.get("held_out"),
                 where=where,
             )
         )
-    for record in records:
-        for name in ("rewards", "ends", "ref_logprobs", "held_out"):
-            if (getattr(record, name) is None) != (getattr(records[0], name) is None):
-                raise UserError(f"{record.where}: {name!r} must be in every line or in none")
-        if len(record.completions) != len(records[0].completions):
-            G = len(records[0].completions)
-            raise UserError(f"{record.where}: needs {G} completions, like the first line")
     if records[0].held_out is None:
-        for record, held_out in zip(
-            records, held_out_mask([r.prompt for r in records]), strict=True
-        ):
+        mask = held_out_mask([record.prompt for record in records])
+        for record, held_out in zip(records, mask, strict=True):
             record.held_out = held_out
     return records
 
 
-def split_conversations(completions: list, prompt, where: str) -> tuple[dict, list[str]]:
-    """Completions that may be conversations -> ({"prompt": the turns before their last one} or {},
-    the texts). A prompt beside them must be what they begin with, or one of its turns."""
-    if all(isinstance(text, str) for text in completions):
-        return {}, completions
-    if not all(isinstance(turns, list) for turns in completions):
-        raise UserError(f"{where}: a completion is neither a text nor a list of messages")
+def split_conversations(
+    completions: list[list], prompt, where: str
+) -> tuple[list[dict], list[str]]:
+    """Conversations -> the turns before their last one, and the texts of the last ones. A prompt
+    beside them must be what they begin with, or one of its turns."""
     conversations = [read_messages(turns, where) for turns in completions]
     if any(turns[-1]["role"] != "assistant" for turns in conversations):
         raise UserError(f"{where}: a completion does not end with a turn of the assistant")
@@ -93,20 +88,24 @@ def split_conversations(completions: list, prompt, where: str) -> tuple[dict, li
         raise UserError(f"{where}: its conversations do not begin with its prompt")
     if any(turns[:-1] != context for turns in conversations):
         raise UserError(f"{where}: its completions do not answer the same prompt")
-    texts = [turns[-1]["content"] for turns in conversations]
-    return {"prompt": context} if context else {}, texts
+    return context, [turns[-1]["content"] for turns in conversations]
 
 
-def numbers(values, name: str, completions: list, where: str) -> list[float] | None:
-    """`values`, checked: one finite number for each completion."""
+def numbers(values, name: str, G: int, where: str) -> list[float] | None:
+    """`values`, checked: None, or one number for each completion; in `ends` a token id or -1."""
     if values is None:
         return None
-    numeric = isinstance(values, list) and all(type(x) in (int, float) for x in values)
-    if not numeric or len(values) != len(completions):
-        raise UserError(f"{where}: needs a number for each completion in {name!r}")
-    if not all(math.isfinite(x) and abs(x) <= LARGEST for x in values):
-        raise UserError(f"{where}: needs numbers of at most {LARGEST:g} in {name!r}")
+    if not isinstance(values, list) or len(values) != G or not all(map(is_number, values)):
+        raise UserError(
+            f"{where}: needs a number for each completion, at most {LARGEST:g}, in {name!r}"
+        )
+    if name == "ends" and not all(type(x) is int and x >= -1 for x in values):
+        raise UserError(f"{where}: needs token ids, or -1, in 'ends'")
     return values
+
+
+def is_number(x) -> bool:
+    return type(x) in (int, float) and abs(x) <= LARGEST  # False for NaN
 
 
 def write_records(path: Path, records: list[Record]) -> None:

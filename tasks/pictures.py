@@ -1,6 +1,6 @@
 """Everything specific to pictures: reading them, and turning them into a model's inputs.
 
-A prompt with a picture is a Dict observation: {"image": uint8 [H, W, 3], "text": str}. The models
+A prompt with a picture is {"image": uint8 [H, W, 3], "text": str}. The models
 are the Qwen-VL family. The vision tower turns a picture into embeddings, each of which takes the
 place of one image token in the prompt. `common.py` calls what stands below the first section.
 """
@@ -22,9 +22,7 @@ from .base import UserError
 FAMILIES = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}  # by config.model_type
 DATA_URI = "data:image/png;base64,"
 
-# --------------------------------------------------------------------------------------------------
-# Files and arrays
-# --------------------------------------------------------------------------------------------------
+# ---- Files and arrays ----------------------------------------------------------------------------
 
 
 def read_image(source: str, where: str) -> np.ndarray:
@@ -52,9 +50,7 @@ def data_uri(image: np.ndarray) -> str:
     return DATA_URI + base64.b64encode(file.getvalue()).decode()
 
 
-# --------------------------------------------------------------------------------------------------
-# Models
-# --------------------------------------------------------------------------------------------------
+# ---- Models --------------------------------------------------------------------------------------
 
 
 def is_vision(config) -> bool:
@@ -71,9 +67,7 @@ def load_processor(name: str):
     return AutoImageProcessor.from_pretrained(name, backend="pil")
 
 
-# --------------------------------------------------------------------------------------------------
-# Prompts
-# --------------------------------------------------------------------------------------------------
+# ---- Prompts -------------------------------------------------------------------------------------
 
 
 def read_pictures(tokenizer, prompts: list) -> list[dict[str, Tensor] | None]:
@@ -94,7 +88,7 @@ def picture_inputs(tokenizer, prompt: dict) -> dict[str, Tensor]:
             "Qwen2.5-VL and Qwen3-VL"
         )
     if isinstance(image, str):
-        image = read_image(image, prompt["where"])
+        image = read_image(image, f"{image:.200}")
     try:
         return dict(processor(images=Image.fromarray(image), return_tensors="pt"))
     except ValueError as error:  # 1 x 300 pixels, for example
@@ -126,9 +120,7 @@ def expand_image_tokens(rows: list, pictures: list, model, tokenizer) -> list[li
     return expanded
 
 
-# --------------------------------------------------------------------------------------------------
-# The forward pass
-# --------------------------------------------------------------------------------------------------
+# ---- The forward pass ----------------------------------------------------------------------------
 
 
 def positions(model, ids: Tensor, mask: Tensor, pictures: list) -> Tensor:

@@ -25,8 +25,14 @@ def prompt_text(prompt: str | list | dict) -> str:
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
 
 
-def as_messages(prompt: str | list) -> list[dict]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def as_messages(prompt: str | list | dict) -> list[dict]:
+    """The prompt as a chat. A picture is one placeholder, before the text."""
+    if isinstance(prompt, list):
+        return prompt
+    content = prompt
+    if isinstance(prompt, dict):
+        content = [{"type": "image"}, {"type": "text", "text": prompt["text"]}]
+    return [{"role": "user", "content": content}]
 
 
 def encode_prompts(
@@ -74,46 +80,40 @@ def check_token_ids(model, rows: list[list[int]], texts: list[str], new_tokens) 
 def without_misfits(records: list, encode: Callable[[list], object]) -> list:
     """The records that `encode` takes, each judged by itself. Prints a line about the others;
     raises UserError if none is left."""
-    kept, misfits = [], []
+    kept, misfits, reasons = [], [], []
     for i in range(0, len(records), 64):
         part = records[i : i + 64]
         try:
             encode(part)
             kept += part
-            continue
-        except UserError:
-            pass  # which of them?
-        for record in part:
-            try:
-                encode([record])
-                kept.append(record)
-            except UserError as error:
-                misfits.append((record.where, str(error).removeprefix(f"{record.where}: ")))
+        except UserError:  # which of them?
+            for record in part:
+                try:
+                    encode([record])
+                    kept.append(record)
+                except UserError as error:
+                    misfits.append(record.where)
+                    reasons.append(f"{record.where}: {error}")
+    if misfits and not kept:
+        raise UserError(f"no record is left: {reasons[0]}")
     if misfits:
-        lines = ", ".join(where.rpartition(" ")[2] for where, _ in misfits[:10])
+        lines = ", ".join(where.rpartition(" ")[2] for where in misfits[:10])
         lines += ", ..." if len(misfits) > 10 else ""
-        where, reason = misfits[0]
-        if not kept:
-            raise UserError(f"no record is left: {where}: {reason}")
-        print(
-            f"{len(misfits)} of {len(records)} records left out: lines {lines}; {where}: {reason}"
-        )
+        print(f"{len(misfits)} of {len(records)} records left out: lines {lines}; {reasons[0]}")
     return kept
 
 
 def leave_out_misfits(model, tokenizer, max_new_tokens: int, *tasks) -> None:
     """Drop the problems of a file whose prompts the model cannot read. Raises UserError if none is
     left."""
-    for task in tasks:
-        task = getattr(task, "unwrapped", task)
-        if not hasattr(task, "records"):
-            continue
 
-        def encode(records: list):
-            encode_prompts(model, tokenizer, [r.prompt for r in records], max_new_tokens)
+    def encode(records: list):
+        encode_prompts(model, tokenizer, [record.prompt for record in records], max_new_tokens)
 
-        task.records = without_misfits(task.records, encode)
-        task.size = len(task.records)
+    for task in (getattr(task, "unwrapped", task) for task in tasks):
+        if hasattr(task, "records"):
+            task.records = without_misfits(task.records, encode)
+            task.size = len(task.records)
 
 
 def pad(rows: list[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -124,29 +124,19 @@ def pad(rows: list[list[int]], side: str, device: torch.device) -> tuple[Tensor,
 
 
 def render_prompts(prompts: list, model, tokenizer) -> list[str]:
-    """The text of each prompt, through the chat template if the tokenizer has one. A picture is one
-    placeholder, before the text. Raises UserError if the template refuses a prompt."""
+    """The text of each prompt, through the chat template if the tokenizer has one. Raises UserError
+    if the template refuses a prompt."""
     if not tokenizer.chat_template:
         return [plain_text(prompt, model, tokenizer) for prompt in prompts]
-    chats = []
-    for prompt in prompts:
-        if isinstance(prompt, dict):
-            content = [{"type": "image"}, {"type": "text", "text": prompt["text"]}]
-            prompt = [{"role": "user", "content": content}]
-        chats.append(with_system(as_messages(prompt), getattr(tokenizer, "system", None)))
+    chats, system = [as_messages(prompt) for prompt in prompts], getattr(tokenizer, "system", None)
+    if system is not None:
+        if any(turns[0]["role"] == "system" for turns in chats):
+            raise UserError("a prompt has a system turn of its own: leave out --system")
+        chats = [[{"role": "system", "content": system}, *turns] for turns in chats]
     try:
         return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise UserError(f"the model's chat template refuses a prompt: {error}") from error
-
-
-def with_system(messages: list[dict], system: str | None) -> list[dict]:
-    """The messages after the system turn of --system."""
-    if system is None:
-        return messages
-    if messages[0]["role"] == "system":
-        raise UserError("a prompt has a system turn of its own: leave out --system")
-    return [{"role": "system", "content": system}, *messages]
 
 
 def set_system(model, tokenizer, system: str) -> None:

@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from .base import UserError, cache_dir
-from .episodes import get_prompts, get_size, is_text, task_code
+from .base import UserError, cache_dir, is_text
+from .episodes import get_prompts, get_size, task_code
 from .pictures import expand_image_tokens, model_inputs, read_pictures
 from .prompts import plain_text
 

@@ -642,7 +642,7 @@ def test_the_learned_reward_model(monkeypatch, capsys):
         (
             '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n'
             '{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2]}',
-            "line 3: preferences and scored completions in one file",
+            "line 3: 'chosen' must be in every line or in none",
         ),
         (
             '{"prompt": "a", "completions": ["b", "c"]}\n'
