@@ -1,7 +1,5 @@
 """Column addition: the default task, easy enough to learn on a CPU in a minute."""
 
-from __future__ import annotations
-
 import random
 import zlib
 

@@ -1,7 +1,5 @@
 """The base class of the tasks, and shared helpers."""
 
-from __future__ import annotations
-
 import copy
 import os
 import string

@@ -1,7 +1,5 @@
 """Counting coloured squares in a picture: the default task with pictures."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

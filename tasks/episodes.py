@@ -1,7 +1,5 @@
 """Create a task, get its prompts, score completions."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import inspect
@@ -9,7 +7,6 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
@@ -52,7 +49,8 @@ def make_task(name: str, split: str = "train", whole: bool = False) -> gymnasium
         constructor = spec.entry_point
         if isinstance(constructor, str):
             constructor = load_env_creator(constructor)
-        if takes_split(constructor):
+        parameters = inspect.signature(constructor).parameters.values()
+        if any(p.name == "split" or p.kind is p.VAR_KEYWORD for p in parameters):
             return gymnasium.make(spec, disable_env_checker=True, split=split)
         env = gymnasium.make(spec, disable_env_checker=True)
         return env if split == "train" else HeldOutSeeds(env)
@@ -63,11 +61,6 @@ def make_tasks(name: str, eval_name: str | None) -> tuple[gymnasium.Env, gymnasi
     the files of either."""
     whole = eval_name is not None
     return make_task(name, "train", whole), make_task(eval_name or name, "test", whole)
-
-
-def takes_split(constructor: Callable) -> bool:
-    parameters = inspect.signature(constructor).parameters.values()
-    return any(p.name == "split" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class HeldOutSeeds(gymnasium.Wrapper):

@@ -1,7 +1,5 @@
 """Files of problems, one JSON object per line."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -4,8 +4,6 @@ Each file is downloaded once, or put by hand into ~/.cache/policy-gradients/<tas
 or test.jsonl; math500 is the test of math.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 from http.client import HTTPException
 from pathlib import Path

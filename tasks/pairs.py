@@ -1,7 +1,5 @@
 """Scored completions: what copg.py learns from, read from a file and written to one."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +34,17 @@ def read_records(path: str | Path) -> list[Record]:
     is held out. `write_records` adds the fields `ends`, `ref_logprobs` and `held_out`.
     """
     lines, records = list(json_lines(path)), []
+    fields = set(lines[0][1])  # of the first line
     for where, line in lines:
         for name in ("chosen", "rewards", "ends", "ref_logprobs", "held_out"):
-            if (name in line) != (name in lines[0][1]):
+            if (name in line) != (name in fields):
                 raise UserError(f"{where}: {name!r} must be in every line or in none")
-        completions, rewards = line.get("completions"), line.get("rewards")
         if "chosen" in line:
-            if completions is not None or rewards is not None:
+            if "completions" in line or "rewards" in line:
                 raise UserError(f"{where}: either 'chosen' and 'rejected', or 'completions'")
-            completions, rewards = [line["chosen"], line.get("rejected")], [0.25, -0.25]
+            line["completions"] = [line["chosen"], line.get("rejected")]
+            line["rewards"] = [0.25, -0.25]
+        completions = line.get("completions")
         if not isinstance(completions, list) or len(completions) < 2:
             raise UserError(f"{where}: needs two completions or more, or 'chosen' and 'rejected'")
         G = len(records[0].completions) if records else len(completions)
@@ -61,9 +61,9 @@ def read_records(path: str | Path) -> list[Record]:
             Record(
                 prompt=read_prompt(line, path, where),
                 completions=completions,
-                rewards=numbers(rewards, "rewards", G, where),
-                ends=numbers(line.get("ends"), "ends", G, where),
-                ref_logprobs=numbers(line.get("ref_logprobs"), "ref_logprobs", G, where),
+                rewards=numbers(line, "rewards", G, where),
+                ends=numbers(line, "ends", G, where),
+                ref_logprobs=numbers(line, "ref_logprobs", G, where),
                 held_out=line.get("held_out"),
                 where=where,
             )
@@ -91,21 +91,19 @@ def split_conversations(
     return context, [turns[-1]["content"] for turns in conversations]
 
 
-def numbers(values, name: str, G: int, where: str) -> list[float] | None:
-    """`values`, checked: None, or one number for each completion; in `ends` a token id or -1."""
+def numbers(line: dict, name: str, G: int, where: str) -> list[float] | None:
+    """One number for each completion, under `name`; None if the line has none."""
+    values = line.get(name)
     if values is None:
         return None
-    if not isinstance(values, list) or len(values) != G or not all(map(is_number, values)):
+    is_list = isinstance(values, list) and len(values) == G
+    if not is_list or not all(type(x) in (int, float) and abs(x) <= LARGEST for x in values):
         raise UserError(
             f"{where}: needs a number for each completion, at most {LARGEST:g}, in {name!r}"
         )
     if name == "ends" and not all(type(x) is int and x >= -1 for x in values):
         raise UserError(f"{where}: needs token ids, or -1, in 'ends'")
     return values
-
-
-def is_number(x) -> bool:
-    return type(x) in (int, float) and abs(x) <= LARGEST  # False for NaN
 
 
 def write_records(path: Path, records: list[Record]) -> None:

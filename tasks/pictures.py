@@ -1,11 +1,9 @@
 """Everything specific to pictures: reading them, and turning them into a model's inputs.
 
-A prompt with a picture is {"image": uint8 [H, W, 3], "text": str}. The models
-are the Qwen-VL family. The vision tower turns a picture into embeddings, each of which takes the
-place of one image token in the prompt. `common.py` calls what stands below the first section.
+A prompt with a picture is {"image": uint8 [H, W, 3], "text": str}. The models are the Qwen-VL
+family. The vision tower turns a picture into embeddings, each of which takes the place of one image
+token in the prompt.
 """
-
-from __future__ import annotations
 
 import base64
 import io
@@ -46,7 +44,8 @@ def read_image(source: str, where: str) -> np.ndarray:
 
 def data_uri(image: np.ndarray) -> str:
     """uint8 [H, W, 3] -> a PNG data URI."""
-    Image.fromarray(image).save(file := io.BytesIO(), "png")
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
     return DATA_URI + base64.b64encode(file.getvalue()).decode()
 
 
@@ -57,9 +56,7 @@ def is_vision(config) -> bool:
     return config.model_type in FAMILIES
 
 
-def load_weights(name: str, **options):
-    """As AutoModelForCausalLM.from_pretrained, for a model that reads pictures."""
-    return AutoModelForImageTextToText.from_pretrained(name, **options)
+load_weights = AutoModelForImageTextToText.from_pretrained
 
 
 def load_processor(name: str):
@@ -71,12 +68,9 @@ def load_processor(name: str):
 
 
 def read_pictures(tokenizer, prompts: list) -> list[dict[str, Tensor] | None]:
-    """Each prompt's picture as the model's inputs, None for a prompt without one.
-
-    pixel_values [patches, features] and image_grid_thw [1, 3], the patches in time, height and
-    width. Raises UserError if the model reads text only or
-    cannot take the picture.
-    """
+    """Each prompt's picture as the model's inputs, None for a prompt without one: pixel_values
+    [patches, features] and image_grid_thw [1, 3], the patches in time, height and width. Raises
+    UserError if the model reads text only or cannot take the picture."""
     return [picture_inputs(tokenizer, p) if isinstance(p, dict) else None for p in prompts]
 
 
@@ -130,8 +124,8 @@ def positions(model, ids: Tensor, mask: Tensor, pictures: list) -> Tensor:
     """
     grids = torch.cat([picture["image_grid_thw"] for picture in pictures if picture is not None])
     kinds = (ids == model.config.image_token_id).int()  # 1: of an image
-    grids = grids.to(ids.device)
-    return model.base_model.get_rope_index(ids, kinds, grids, attention_mask=mask.long())[0]
+    rope_index = model.base_model.get_rope_index
+    return rope_index(ids, kinds, grids.to(ids.device), attention_mask=mask.long())[0]
 
 
 def model_inputs(pictures: list, device) -> dict[str, Tensor]:
@@ -143,9 +137,7 @@ def model_inputs(pictures: list, device) -> dict[str, Tensor]:
 
 
 def without_image_tokens(model, ids: Tensor) -> Tensor:
-    """Completion ids with another token for a sampled image token, which has no picture.
-
-    It stops its completion, so that nothing is predicted from it.
-    """
+    """Completion ids with another token for a sampled image token, which has no picture. It stops
+    its completion, so that nothing is predicted from it."""
     image_id = getattr(model.config, "image_token_id", None)
     return ids if image_id is None else ids.masked_fill(ids == image_id, 0)

@@ -1,7 +1,6 @@
 """A small world of posts and summaries, in which a hidden utility stands for human judgment."""
 
-from __future__ import annotations
-
+import itertools
 import math
 import random
 import zlib
@@ -28,33 +27,15 @@ WORDS = {
 }
 WORDS = {kind: words.split() for kind, words in WORDS.items()}
 FACTS = [
-    "my {who} {did} my {thing}",
-    "in the {place}",
-    "because of a {cause}",
-    "should i {ask} them",
-]
+    "my {who} {did} my {thing}", "in the {place}", "because of a {cause}", "should i {ask} them",
+]  # fmt: skip
 WORTH = [2.0, 0.6, 0.6, 1.0]  # of each fact in a summary
-POST = [
-    "my {who} {did} my {thing}",
-    "it happened in the {place}",
-    "they say it was because of a {cause}",
-]
 CHATTER = [
-    "sorry for my english",
-    "thanks for reading",
-    "i am new here",
-    "this is a long story",
-    "please be kind",
-    "i feel {mood} today",
-    "it was {sky} on {day}",
-    "my {who} likes {food}",
-    "my {who} cooks {food} on {day}",
-    "i was in the {place} on {day}",
-    "my {who} is {mood}",
-    "on {day} we talked about a {cause}",
-    "i like {food} too",
-    "we had {food} and {food}",
-]
+    "sorry for my english", "thanks for reading", "i am new here", "this is a long story",
+    "please be kind", "i feel {mood} today", "it was {sky} on {day}", "my {who} likes {food}",
+    "my {who} cooks {food} on {day}", "i was in the {place} on {day}", "my {who} is {mood}",
+    "on {day} we talked about a {cause}", "i like {food} too", "we had {food} and {food}",
+]  # fmt: skip
 PREFERENCES = 10**8  # preferences count from here: demonstrations have other posts
 
 
@@ -69,8 +50,9 @@ def say(template: str, rng: random.Random) -> str:
 
 
 def vocabulary() -> list[str]:
-    texts = [*FACTS, *POST, *CHATTER, ". ? ; summary :", *(" ".join(w) for w in WORDS.values())]
-    return sorted({word for text in texts for word in text.split() if "{" not in word})
+    texts = [*FACTS, *CHATTER, "it happened they say it was . ? ; summary :"]
+    words = [word for text in texts for word in text.split() if "{" not in word]
+    return sorted({*words, *itertools.chain(*WORDS.values())})
 
 
 class Posts(TextTask):
@@ -91,10 +73,11 @@ class Posts(TextTask):
             is_held_out = zlib.crc32(facts[0].encode()) % 10 == 0
             if is_held_out == (self.split == "test"):
                 break
-        sentences = [sentence.format(**words) for sentence in POST]
+        event, place, cause, ask = facts
+        sentences = [event, f"it happened {place}", f"they say it was {cause}"]
         for _ in range(rng.randint(1, 3)):
             sentences.insert(rng.randint(0, len(sentences)), say(rng.choice(CHATTER), rng))
-        return f"{' . '.join(sentences)} . {facts[3]} ? summary :", " ; ".join(facts)
+        return f"{' . '.join(sentences)} . {ask} ? summary :", " ; ".join(facts)
 
     def reward(self, completion, answer):
         """The worth of the facts stated, minus 1 per clause that is no fact, minus 0.1 per word."""

@@ -3,8 +3,6 @@
 A prompt is a text, a list of messages {"role", "content"}, or {"image", "text"}.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -5,17 +5,15 @@ time-outs are signals, which need the main thread and no Windows. So it runs in 
 own, which ends itself when a comparison takes too long, and is started when it is first needed.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import functools
 import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
+from subprocess import DEVNULL, PIPE, Popen
 
 SECONDS = 1  # the longest comparison; the median takes hundredths
 
@@ -40,14 +38,9 @@ def same_mathematics(found: str, gold: str) -> bool:
         return reply == "True\n"
 
 
-def start() -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+def start() -> Popen:
+    command = [sys.executable, __file__]
+    process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
     if process.stdout.readline() != "ready\n":
         process.communicate()
         from .base import UserError  # here, for this file is also a script

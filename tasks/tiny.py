@@ -1,7 +1,5 @@
 """Tiny models for the CPU: made from a config, warm-started on demonstrations, cached."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -11,20 +9,11 @@ from pathlib import Path
 
 import gymnasium
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    get_cosine_schedule_with_warmup,
-)
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .base import UserError, cache_dir, is_text
 from .episodes import get_prompts, get_size, task_code
@@ -33,45 +22,27 @@ from .prompts import plain_text
 
 # A Llama of 0.9 million parameters, and the supervised run it starts from.
 TINY = {
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.06,
-    "tie_word_embeddings": True,
-}
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+    "initializer_range": 0.06, "tie_word_embeddings": True,
+}  # fmt: skip
 WARM_START = {"steps": 350, "tokens_per_step": 2048, "lr": 2e-3}
 
 # For tasks with pictures, a Qwen3-VL of 0.9 million parameters. One image token for 8 x 8 pixels.
 TINY_TEXT = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 2048,
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
     "initializer_range": 0.06,
     "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10_000.0,
-        "mrope_section": [6, 5, 5],
-        "mrope_interleaved": True,
+        "rope_type": "default", "rope_theta": 10_000.0,
+        "mrope_section": [6, 5, 5], "mrope_interleaved": True,
     },
-}
+}  # fmt: skip
 TINY_VISION = {
-    "depth": 2,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_heads": 4,
-    "patch_size": 4,
-    "out_hidden_size": 128,
-    "num_position_embeddings": 64,
-    "deepstack_visual_indexes": [0],
+    "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": 4,
+    "out_hidden_size": 128, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
     "initializer_range": 0.06,
-}
+}  # fmt: skip
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
@@ -100,7 +71,7 @@ def tiny_model(task: gymnasium.Env) -> str:
             tokenizer.image_processor.save_pretrained(directory)
         else:
             special |= {"vocab_size": len(tokenizer), "bos_token_id": None}
-            model = LlamaForCausalLM(LlamaConfig(**TINY, **special))
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, **special))
         warm_start(model, tokenizer, task)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -119,20 +90,20 @@ def demonstrate(task: gymnasium.Env, index: int) -> tuple[str | dict, str]:
     return prompt, completion
 
 
-def tiny_vision_model(tokenizer, special: dict) -> Qwen3VLForConditionalGeneration:
+def tiny_vision_model(tokenizer, special: dict):
     """A new Qwen3-VL. The tokenizer gets the vision tokens and an image processor."""
     tokenizer.add_tokens(VISION_TOKENS, special_tokens=True)
-    tokenizer.image_processor = Qwen2VLImageProcessorPil(
+    tokenizer.image_processor = transformers.Qwen2VLImageProcessorPil(
         patch_size=TINY_VISION["patch_size"], size={"shortest_edge": 64, "longest_edge": 65536}
     )
-    ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(VISION_TOKENS), strict=True))
-    config = Qwen3VLConfig(
+    start, end, image, video = tokenizer.convert_tokens_to_ids(VISION_TOKENS)
+    config = transformers.Qwen3VLConfig(
         text_config=TINY_TEXT | special | {"vocab_size": len(tokenizer)},
         vision_config=TINY_VISION, tie_word_embeddings=True,
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], **special,
+        vision_start_token_id=start, vision_end_token_id=end,
+        image_token_id=image, video_token_id=video, **special,
     )  # fmt: skip
-    return Qwen3VLForConditionalGeneration(config)
+    return transformers.Qwen3VLForConditionalGeneration(config)
 
 
 def tiny_tokenizer(words: list[str] | None = None):
@@ -140,11 +111,11 @@ def tiny_tokenizer(words: list[str] | None = None):
     if words is None:  # Qwen2's tokenizer without merges
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 of them
         vocab = {token: i for i, token in enumerate([*alphabet, "<|endoftext|>", "<|pad|>"])}
-        return Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|pad|>")
+        return transformers.Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|pad|>")
     vocab = {token: i for i, token in enumerate(["<unk>", "<eos>", "<pad>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
     )
 
@@ -152,13 +123,12 @@ def tiny_tokenizer(words: list[str] | None = None):
 def warm_start(model, tokenizer, task) -> None:
     """Supervised learning on the task's demonstrations 0, 1, 2, ..."""
     batches = demonstration_batches(model, tokenizer, task)
-    fit(
-        model,
-        lambda step: model(**next(batches)).loss,
-        WARM_START["steps"],
-        WARM_START["lr"],
-        "warm-start of the tiny model",
-    )
+
+    def batch_loss(step: int) -> Tensor:
+        return model(**next(batches)).loss
+
+    steps, lr = WARM_START["steps"], WARM_START["lr"]
+    fit(model, batch_loss, steps, lr, "warm-start of the tiny model")
 
 
 def demonstration_batches(model, tokenizer, task) -> Iterator[dict[str, Tensor]]:
@@ -186,7 +156,7 @@ def demonstration_batches(model, tokenizer, task) -> Iterator[dict[str, Tensor]]
 def fit(model, batch_loss: Callable[[int], Tensor], steps: int, lr: float, name: str) -> None:
     """Supervised learning with AdamW; batch_loss(step) is the loss of batch 0, 1, 2 ..."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 7, steps)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, steps // 7, steps)
     bar = tqdm(range(steps), desc=name, unit="step")
     for step in bar:
         loss = batch_loss(step)
@@ -198,17 +168,16 @@ def fit(model, batch_loss: Callable[[int], Tensor], steps: int, lr: float, name:
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-def hash_of(image) -> str:
-    """JSON encoding of an image inside a recipe."""
-    return hashlib.sha256(image.tobytes()).hexdigest()
-
-
 def cached_model(recipe: list, make: Callable[[Path], None]) -> str:
     """The directory of a model that make(directory) saves: made the first time, then cached.
 
     It is named by a hash of `recipe`, which holds everything that shapes the model. It gets its
     name when it is finished, so that a directory with this name is whole.
     """
+
+    def hash_of(image) -> str:
+        return hashlib.sha256(image.tobytes()).hexdigest()
+
     text = json.dumps(recipe, sort_keys=True, default=hash_of)
     path = cache_dir() / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if not path.exists():

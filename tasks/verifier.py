@@ -5,8 +5,6 @@ words are compared here, exactly and in microseconds; other mathematics in symbo
 is judged within seconds, and none is evaluated as code. docs/gpg.md has the conventions.
 """
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 
@@ -75,19 +73,19 @@ UNFINISHED = re.compile(r"[+*!]|(?<=[\w)}])-|\\(?:cdot|times|div)")  # 8*9 is no
 
 def extract_answer(text: str) -> str | None:
     r"""The last \boxed{}, else the line after the last ####, else the last number, else None."""
-    *_, box = None, *BOX.finditer(text)
-    if box:
-        depth = 1
-        for brace in BRACE.finditer(text, box.end()):
+    boxes = list(BOX.finditer(text))
+    if boxes:
+        depth, start = 1, boxes[-1].end()
+        for brace in BRACE.finditer(text, start):
             depth += (brace[0] == "{") - (brace[0] == "}")
             if depth == 0:
-                return text[box.end() : brace.start()].strip()
+                return text[start : brace.start()].strip()
     if "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0].strip()
     end = text[-LONGEST:]
-    *_, span = None, *SPAN.finditer(end)
-    if span and not re.search(r"\d", end[span.end() :]):
-        return span[0].strip("$")
+    spans = list(SPAN.finditer(end))
+    if spans and not re.search(r"\d", end[spans[-1].end() :]):
+        return spans[-1][0].strip("$")
     numbers = NUMBER.findall(re.sub(r"\\[$%,;! ]|[$%€£]", "", text).replace("−", "-"))
     return numbers[-1] if numbers else None
 

@@ -1,7 +1,5 @@
 """One sentence of a given length: for a real chat model that can do it some of the time."""
 
-from __future__ import annotations
-
 import random
 
 from .base import TextTask
