@@ -341,7 +341,8 @@ def collect_records(model, tokenizer, task, args) -> list[Record]:
         ends = ends.view(-1, G).tolist()
         for j, prompt in enumerate(prompts):
             texts = rollout.texts[j * G : (j + 1) * G]
-            records.append(Record(prompt, texts, rewards=rewards[j], ends=ends[j]))
+            where = f"problem {problems[j]}"
+            records.append(Record(prompt, texts, rewards[j], ends[j], where=where))
     truncated = sum(end < 0 for record in records for end in record.ends) / len(records) / G
     print(f"sampled data: {truncated:.3f} of the completions end at --max-new-tokens")
     return records

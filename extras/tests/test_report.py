@@ -269,14 +269,11 @@ def test_pictures(monkeypatch, tmp_path, kind):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "WARM_START", {"steps": 2, "tokens_per_step": 512, "lr": 1e-3})
         if kind == "file":
-            name, prompts = (
-                str(tmp_path / "count.jsonl"),
-                get_prompts(make_task("count"), range(25)),
-            )
-            lines = [p | {"image": data_uri(p["image"]), "answer": "3"} for p in prompts]
-            Path(name).write_text(
-                "".join(json.dumps(x | {"prompt": x["text"]}) + "\n" for x in lines)
-            )
+            name, lines = str(tmp_path / "count.jsonl"), ""
+            for x in get_prompts(make_task("count"), range(25)):
+                line = {"prompt": x["text"], "image": data_uri(x["image"]), "answer": "3"}
+                lines += json.dumps(line) + "\n"
+            Path(name).write_text(lines)
             more = ["--eval-task", "count", "--model", tiny.tiny_model(make_task("count"))]
         flags = "--steps 2 --prompts 4 --group-size 2 --max-new-tokens 6 --device cpu"
         flags += " --eval-problems 2 --beta-th 1 --max-rounds 3"
