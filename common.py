@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.cache_utils import DynamicLayer
 
 from tasks import UserError, get_prompts, get_rewards, held_out, make_task, pictures
-from tasks.prompts import encode_prompts, end_of_answer, prompt_text, set_system
+from tasks.prompts import encode_prompts, prompt_text, set_system, stop_token_ids
 from tasks.tiny import tiny_model
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -194,16 +194,6 @@ def next_position(position: Tensor) -> Tensor:
     return position.amax(1, keepdim=True) + 1
 
 
-def stop_token_ids(model, tokenizer) -> list[int]:
-    """The ids that end a completion: every EOS of the generation config, the tokenizer's, what the
-    chat template writes after an answer, and the image token, which must never be sampled."""
-    ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    ids = [*ids, tokenizer.eos_token_id, end_of_answer(tokenizer)]
-    ids.append(getattr(model.config, "image_token_id", None))
-    return sorted({i for i in ids if i is not None})
-
-
 class PreallocatedLayer(DynamicLayer):
     """The keys and values of one layer, repeated for each group, with space for new tokens.
 
@@ -370,12 +360,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name)
         # The policy that is scored must be the policy that was sampled: no dropout, ever.
-        parts = [
-            config,
-            getattr(config, "text_config", None),
-            getattr(config, "vision_config", None),
-        ]
-        for part in filter(None, parts):
+        for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
             for key, value in part.to_dict().items():
                 if "drop" in key and isinstance(value, float):
                     setattr(part, key, 0.0)
@@ -457,23 +442,18 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor) -> dict[str, float]:
     }
 
 
-def rollout_samples(prompts: list, rollout: Rollout, rewards: Tensor) -> list[dict]:
-    """The first three groups of a rollout with rewards [groups, G], for samples.jsonl."""
-    G, rewards = rewards.shape[1], rewards[:3].flatten().tolist()
-    return [
-        {"group": i // G, "reward": reward} | sample_of_row(prompts[i // G], rollout, i)
-        for i, reward in enumerate(rewards)
-    ]
-
-
-def sample_of_row(prompt, rollout: Rollout, i: int) -> dict:
-    """Row i of a rollout, for samples.jsonl."""
-    mask = rollout.completion_mask[i]
-    return {
-        "prompt": prompt_text(prompt),
-        "completion": rollout.texts[i],
-        "truncated": rollout.truncated[i].item(),
-        "prompt_tokens": rollout.prompt_ids[i, rollout.prompt_mask[i]].tolist(),
-        "tokens": rollout.completion_ids[i, mask].tolist(),
-        "logprobs": [round(x, 3) for x in rollout.logprobs[i, mask].tolist()],
-    }
+def rollout_samples(prompts: list, rollout: Rollout, scores: dict, n: int) -> list[dict]:
+    """The first n rows of a rollout, with their scores {name: [N] or [groups, G]}, to be logged."""
+    G, samples = len(rollout.texts) // len(prompts), []
+    for i in range(min(n, len(rollout.texts))):
+        mask = rollout.completion_mask[i]
+        sample = {
+            "prompt": prompt_text(prompts[i // G]),
+            "completion": rollout.texts[i],
+            "truncated": rollout.truncated[i].item(),
+            "prompt_tokens": rollout.prompt_ids[i, rollout.prompt_mask[i]].tolist(),
+            "tokens": rollout.completion_ids[i, mask].tolist(),
+            "logprobs": [round(x, 3) for x in rollout.logprobs[i, mask].tolist()],
+        }
+        samples.append(sample | {name: x.flatten()[i].item() for name, x in scores.items()})
+    return samples

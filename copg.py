@@ -35,11 +35,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 from common import (
     Rollout,
-    autocast,
     completion_logprobs,
     frozen_logprobs,
     load_model,
@@ -48,8 +46,6 @@ from common import (
     rollout_metrics,
     rollout_samples,
     sample,
-    sample_of_row,
-    stop_token_ids,
 )
 from run import (
     Parser,
@@ -75,15 +71,15 @@ from tasks import (
 from tasks.pairs import HeldOutPrompts, Record, read_records, write_records
 from tasks.posts import PREFERENCES
 from tasks.prompts import (
-    as_messages,
     check_token_ids,
     encode_prompts,
     end_of_answer,
     leave_out_misfits,
     pad,
-    tokens_before_a_text,
+    stop_token_ids,
     without_misfits,
 )
+from tasks.reward_model import RewardModel
 from tasks.tiny import cached_model, fit, tiny_model
 
 # ---- Arguments -----------------------------------------------------------------------------------
@@ -249,7 +245,8 @@ def train(args: argparse.Namespace) -> Run:
             ref_logprobs = frozen_logprobs(ref_model, batch, args.micro_batch_tokens)
             ref_logprobs = ref_logprobs.sum(1).view(B, G)
             metrics = rollout_metrics(batch, rewards)
-            samples = rollout_samples(prompts, batch, rewards)
+            scores = {"group": batch.group, "reward": rewards}
+            samples = rollout_samples(prompts, batch, scores, 3 * G)
         else:
             chosen = [data[i] for i in shuffled_passes((step - 1) * B, B, n, args.seed)]
             batch = encode(model, tokenizer, chosen)  # B * G rows
@@ -295,14 +292,10 @@ def shuffled_passes(first: int, count: int, n: int, seed: int) -> list[int]:
 
 
 def encode(model, tokenizer, records: list[Record]) -> Rollout:
-    """Given completions as a Rollout, with log-probs of 0. Raises UserError."""
+    """Given completions as a Rollout, with log-probs of 0. Raises UserError if one does not fit."""
     texts = [text for record in records for text in record.completions]
     ends = [end for record in records for end in record.ends]
     rows = tokenizer(texts, add_special_tokens=False).input_ids
-    stop_ids = set(stop_token_ids(model, tokenizer))
-    for row, text in zip(rows, texts, strict=True):
-        if stop_ids & set(row):
-            raise UserError(f"{text!r:.60} goes on after a token that ends a completion")
     rows = [[*row, end] if end >= 0 else row for row, end in zip(rows, ends, strict=True)]
     check_token_ids(model, rows, texts, 0)
     ids, mask = pad(rows, "right", model.device)  # [N, T]
@@ -348,7 +341,8 @@ def collect_records(model, tokenizer, task, args) -> list[Record]:
         ends = ends.view(-1, G).tolist()
         for j, prompt in enumerate(prompts):
             texts = rollout.texts[j * G : (j + 1) * G]
-            records.append(Record(prompt, texts, rewards=rewards[j], ends=ends[j]))
+            where = f"problem {problems[j]}"
+            records.append(Record(prompt, texts, rewards[j], ends[j], where=where))
     truncated = sum(end < 0 for record in records for end in record.ends) / len(records) / G
     print(f"sampled data: {truncated:.3f} of the completions end at --max-new-tokens")
     return records
@@ -371,9 +365,14 @@ def score_records(records: list[Record], ref_model, tokenizer, reward_model, arg
         return prompts, [text for record in part for text in record.completions]
 
     def check(part: list[Record]) -> None:
+        prompts, texts = flat(part)
+        rows = tokenizer(texts, add_special_tokens=False).input_ids
+        for row, text in zip(rows, texts, strict=True):
+            if not set(stop_ids).isdisjoint(row):
+                raise UserError(f"{text!r:.60} goes on after a token that ends a completion")
         encode(ref_model, tokenizer, part)
         if reward_model:
-            reward_model.encode(*flat(part))
+            reward_model.encode(prompts, texts)
 
     records = without_misfits(records, check)
     for i in tqdm(range(0, len(records), 64), desc="scoring the data"):
@@ -417,9 +416,7 @@ def evaluate(model, ref_model, tokenizer, reward_model, task, args) -> tuple[dic
             part["kl"] = (rollout.logprobs - ref).sum(1)  # E_pi[ln pi - ln pi_ref]
             part["length"] = rollout.completion_mask.sum(1)
             part = {name: values.double().cpu().view(-1, k) for name, values in part.items()}
-            for i in range(min(len(rollout.texts), 8 - len(samples))):
-                scores = {name: round(x.flatten()[i].item(), 3) for name, x in part.items()}
-                samples.append(scores | sample_of_row(prompts[i // k], rollout, i))
+            samples += rollout_samples(prompts, rollout, part, 8 - len(samples))
             parts.append(part)
     metrics = {}
     for name in parts[0]:  # the mean over the completions of a prompt, with errors over prompts
@@ -436,73 +433,7 @@ def judge(reward_model, task, problems: list[int], prompts: list, texts: list[st
     return reward_model.rewards([p for p in prompts for _ in range(G)], texts).view(-1, G)
 
 
-# ---- Reward models (section 6, eq. 26) -----------------------------------------------------------
-
-
-class RewardModel:
-    """A sequence classifier with one label: a directory or a Hugging Face id. Raises UserError."""
-
-    def __init__(self, name: str, device, new_head: bool = False):
-        logging.set_verbosity_error()  # what transformers would report is checked below
-        try:
-            self.model, info = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                num_labels=1,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-            wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-            if wrong and not new_head:
-                raise ValueError(f"its {wrong[0]} is missing, or is for another number of labels")
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            pads = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0
-            self.model.config.pad_token_id = next(pad for pad in pads if pad is not None)
-            self.model.to(device).eval()
-            if not self.rewards(["1"], ["1"]).isfinite().all():
-                raise ValueError("its score is NaN or infinite")
-        except Exception as error:  # many causes, reported on one line
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"--reward-model {name}: not a sequence classifier with one label: {reason:.300}"
-            ) from error
-
-    def encode(self, prompts: list, completions: list[str]) -> list[list[int]]:
-        """The token ids of each completion after its prompt. Raises UserError."""
-        tokenizer = self.tokenizer
-        if any(isinstance(prompt, dict) for prompt in prompts):
-            raise UserError("--reward-model reads text only, and the prompts have pictures")
-        if tokenizer.chat_template:
-            chats = [
-                [*as_messages(prompt), {"role": "assistant", "content": completion}]
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
-            texts = tokenizer.apply_chat_template(chats, tokenize=False)
-            rows = tokenizer(texts, add_special_tokens=False).input_ids
-        else:
-            if not all(isinstance(prompt, str) for prompt in prompts):
-                raise UserError("--reward-model needs a chat template for prompts of messages")
-            before, eos = tokens_before_a_text(tokenizer), tokenizer.eos_token_id
-            texts = [*prompts, *completions]
-            rows = tokenizer(texts, add_special_tokens=False).input_ids
-            pairs = zip(rows[: len(prompts)], rows[len(prompts) :], strict=True)
-            rows = [[*before, *q, *a, *([] if eos is None else [eos])] for q, a in pairs]
-        check_token_ids(self.model, rows, completions, 0)
-        return rows
-
-    def score(self, prompts: list, completions: list[str]) -> Tensor:
-        """The score of each completion of each prompt, [N], differentiable. Raises UserError."""
-        rows = self.encode(prompts, completions)
-        ids, mask = pad(rows, "right", self.model.device)  # [N, L]
-        ids = ids.where(mask, self.model.config.pad_token_id)  # it reads the last other token
-        with autocast(self.model.device):
-            return self.model(ids, attention_mask=mask.long()).logits[:, 0].float()
-
-    @torch.no_grad()
-    def rewards(self, prompts: list, completions: list[str]) -> Tensor:
-        """score [N] without gradient, 64 rows at a time."""
-        chunks = [slice(i, i + 64) for i in range(0, len(prompts), 64)]
-        return torch.cat([self.score(prompts[c], completions[c]) for c in chunks]).cpu()
+# ---- The learned reward (section 6, eq. 26) ------------------------------------------------------
 
 
 RECIPE = {"pairs": 6400, "epochs": 2, "pairs_per_step": 32, "lr": 3e-4}

@@ -316,7 +316,8 @@ def train(args: argparse.Namespace) -> Run:
         else:
             run.warn("all groups are dead (equal rewards): nothing to learn; step skipped")
         metrics |= {"rounds": len(rollouts)} | rollout_metrics(rollout, rewards)
-        run.log(step, metrics, rollout_samples(prompts, rollout, rewards))
+        scores = {"group": rollout.group, "reward": rewards}
+        run.log(step, metrics, rollout_samples(prompts, rollout, scores, 3 * G))
         if step % args.eval_every == 0 or step == args.steps:
             run.log(step, evaluate(model, tokenizer, test_task, args))
         if step % args.save_every == 0 or step == args.steps or run.stopping:

@@ -76,30 +76,29 @@ def parse_flags(parser: Parser, argv: list[str] | None, defaults: Callable) -> a
     With --resume DIR the defaults are those of DIR/config.json, and only --steps and --device may
     differ from it. Raises UserError.
     """
-    args = parser.parse_args(argv)
+    args, config = parser.parse_args(argv), {}
     if "" in vars(args).values():
         raise UserError("an argument is empty; --help shows all flags")
-    if not args.resume:
+    if args.resume:
+        try:
+            config = json.loads((Path(args.resume) / "config.json").read_text(encoding="utf-8"))
+            if config.keys() != vars(args).keys() | {"script"} or config["script"] != parser.prog:
+                raise ValueError(f"it was not begun by this {parser.prog}")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            message = f"--resume {args.resume}: no run to continue ({error!s:.150})"
+            raise UserError(message) from error
+        config |= {"out": args.resume, "resume": args.resume}
+        parser.set_defaults(**config)
+    else:
         parser.set_defaults(script=parser.prog, **defaults(args))
-        args = parser.parse_args(argv)
-        stem = f"runs/{Path(parser.prog).stem}"
-        names = [stem, *(f"{stem}-{n}" for n in range(2, 1000))]
-        args.out = args.out or next(name for name in names if not Path(name).exists())
-        return args
-    try:
-        config = json.loads((Path(args.resume) / "config.json").read_text(encoding="utf-8"))
-        if config.get("script") != parser.prog:
-            raise ValueError(f"it was not begun by this {parser.prog}")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"--resume {args.resume}: no run to continue ({error!s:.150})") from error
-    # argparse checks a default that is a text as if it stood on the command line.
-    texts = {x: v if v is None or isinstance(v, bool) else str(v) for x, v in config.items()}
-    parser.set_defaults(**texts | {"out": args.resume, "resume": args.resume})
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        flag, old = f"--{name.replace('_', '-')}", config.get(name, "missing")
-        if name not in ("out", "resume", "steps", "device") and value != old:
-            raise UserError(f"{flag} {value} contradicts --resume {args.out}, where it is {old}")
+    stem = f"runs/{Path(parser.prog).stem}"
+    names = [stem, *(f"{stem}-{n}" for n in range(2, 1000))]
+    args.out = args.out or next(name for name in names if not Path(name).exists())
+    for name, old in config.items():
+        if name not in ("out", "steps", "device") and vars(args)[name] != old:
+            flag = f"--{name.replace('_', '-')} {vars(args)[name]}"
+            raise UserError(f"{flag} contradicts --resume {args.resume}, where it is {old}")
     return args
 
 
@@ -119,8 +118,8 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         """Lock the directory, write nothing yet. Raises UserError if it is in use or not empty."""
         self.args, self.dir, self.checkpoint = args, Path(args.out), Path(args.out) / "checkpoint"
-        self.step, self.problem = 0, first_problem(args.seed)
-        self.rows, self.warned, self.stopping = [], set(), False
+        self.step, self.problem, self.rows = 0, first_problem(args.seed), []
+        self.warned, self.stopping = set(), False
         self.dir.mkdir(parents=True, exist_ok=True)
         if fcntl:
             directory = os.open(self.dir, os.O_RDONLY)
@@ -266,12 +265,12 @@ class Run:
 
     def finish(self) -> None:
         """Print the summary, draw the curves, release the directory."""
-        first, *_, last = [row for row in self.rows if any(x.startswith("eval_") for x in row)] * 2
+        evaluations = [row for row in self.rows if any(x.startswith("eval_") for x in row)]
         peak = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
         memory = f", {peak:.2f} GiB of GPU memory" if peak else ""
         print(f"\n{self.args.script}: {self.step} of {self.args.steps} steps")
-        print(f"  before   {describe(first)}")
-        print(f"  after    {describe(last)}   (step {last['step']})")
+        print(f"  before   {describe(evaluations[0])}")
+        print(f"  after    {describe(evaluations[-1])}   (step {evaluations[-1]['step']})")
         print(f"  took     {sum(row['seconds'] for row in self.rows[1:]):.0f} s{memory}")
         print(f"  look at  {self.dir}/curves.png, and read {self.dir}/samples.jsonl")
         print(f"  model    {self.checkpoint}, a Hugging Face directory")

@@ -53,7 +53,8 @@ import run
 from copg import shuffled_passes
 from gpg import fill_batch, gradient_scale, group_advantages, is_valid
 from run import plain_errors
-from tasks import UserError, get_prompts, get_rewards, held_out, make_task
+from tasks import UserError, first_problem, get_prompts, get_rewards, held_out, make_task
+from tasks.episodes import get_size
 from tasks.pairs import read_records
 from tasks.prompts import as_messages, end_of_answer
 from tasks.tiny import tiny_model
@@ -266,10 +267,14 @@ def gpg_trainer(args: GPGArguments, config: GPGConfig) -> GPGTrainer:
     with config.main_process_first():  # it may have to download
         tasks = {split: make_task(args.task, split) for split in ("train", "test")}
         model, tokenizer = find_model(args, tasks["train"])
-    size = getattr(tasks["train"].unwrapped, "size", None) or args.problems
-    if size * config.num_generations < config.generation_batch_size:
-        raise UserError(f"--task {args.task}: {size} problems are fewer than the groups of a step")
-    data = make_dataset(tasks["train"], "train", list(range(size)), tokenizer)
+    problems = list(range(get_size(tasks["train"]) or 0))
+    if not problems:  # endless; the first problems are those that the tiny model imitates
+        first = first_problem(config.seed)
+        problems = list(range(first, first + args.problems))
+    if len(problems) * config.num_generations < config.generation_batch_size:
+        n = len(problems)
+        raise UserError(f"--task {args.task}: {n} problems are fewer than the groups of a step")
+    data = make_dataset(tasks["train"], "train", problems, tokenizer)
     eval_data = None
     if config.eval_strategy != "no":
         problems = [i for batch in held_out(tasks["test"], 200) for i in batch]

@@ -174,3 +174,13 @@ def end_of_answer(tokenizer) -> int | None:
             if token in added and added[token].special:
                 return token
     return tokenizer.eos_token_id
+
+
+def stop_token_ids(model, tokenizer) -> list[int]:
+    """The ids that end a completion: every EOS of the generation config, the tokenizer's, what the
+    chat template writes after an answer, and the image token, which must never be sampled."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    ids = [*ids, tokenizer.eos_token_id, end_of_answer(tokenizer)]
+    ids.append(getattr(model.config, "image_token_id", None))
+    return sorted({i for i in ids if i is not None})

@@ -170,16 +170,15 @@ def test_rollout_metrics():
 
 
 def test_rollout_samples():
-    """The first three groups, token by token, without padding; of a picture's prompt the text."""
+    """The first six rows, token by token, without padding; of a picture's prompt the text."""
     texts = [f"answer {i}" for i in range(10)]
     rollout = rollout_of_groups(texts=texts, truncated=torch.arange(10) == 3)
     rollout.logprobs = torch.linspace(-3, 0, 40).view(10, 4)
     prompts = ["what?", {"image": None, "text": "this?"}, "so?", "no", "no"]
-    samples = common.rollout_samples(prompts, rollout, GROUPS)
+    samples = common.rollout_samples(prompts, rollout, {"reward": GROUPS}, 6)
     assert [s["prompt"] for s in samples] == ["what?"] * 2 + ["this?"] * 2 + ["so?"] * 2
     assert [s["reward"] for s in samples] == [1, 1, 0, 0, -2, -2]
     assert samples[3] == {
-        "group": 1,
         "prompt": "this?",
         "completion": "answer 3",
         "reward": 0,

@@ -18,7 +18,7 @@ from tasks import Count, UserError, first_problem, get_prompts, get_rewards, mak
 from tasks.count import COLOURS
 from tasks.pairs import Record, read_records
 from tasks.pictures import data_uri, read_image
-from tasks.prompts import encode_prompts
+from tasks.prompts import encode_prompts, stop_token_ids
 
 FAMILIES = {  # what their vision towers need beside TINY_VISION
     "qwen2_vl": {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2},
@@ -116,7 +116,7 @@ def test_a_sampled_image_token_ends_its_row(sees):
     """There is no picture for it; and scoring does not take one from the next row."""
     model, tokenizer = sees
     image = model.config.image_token_id
-    assert image in common.stop_token_ids(model, tokenizer)
+    assert image in stop_token_ids(model, tokenizer)
     rollout = sample_of_each(sees)
     rollout.completion_ids[0, 2] = rollout.completion_ids[7, 1] = image
     rollout.completion_mask[0, 3:] = rollout.completion_mask[7, 2:] = False

@@ -6,7 +6,7 @@ from helpers import PROMPTS, make_model
 
 import common
 from tasks import UserError
-from tasks.prompts import check_token_ids, encode_prompts, end_of_answer, pad
+from tasks.prompts import check_token_ids, encode_prompts, end_of_answer, pad, stop_token_ids
 
 CHAT = (  # a template in the manner of Llama's, which writes the BOS itself
     "<bos>{% for m in messages %}[{{ m.role }}]{{ m.content }}<|pad|>\n{% endfor %}"
@@ -63,4 +63,4 @@ def test_the_token_that_ends_an_answer(model_dirs, template, end):
     model, tokenizer = common.load_model(model_dirs["gemma"], "cpu")
     tokenizer.chat_template = template
     assert tokenizer.decode(end_of_answer(tokenizer)) == end
-    assert end_of_answer(tokenizer) in common.stop_token_ids(model, tokenizer)
+    assert end_of_answer(tokenizer) in stop_token_ids(model, tokenizer)

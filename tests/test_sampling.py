@@ -10,6 +10,7 @@ from helpers import PROMPTS, close, gradient, make_model, make_rollout, naive_lo
 
 import common
 from common import Rollout, completion_logprobs, sample
+from tasks.prompts import stop_token_ids
 from tasks.tiny import tiny_tokenizer
 
 # ---- sampling ----
@@ -57,7 +58,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_should_be(monkeypatch):
 def test_eos_is_in_the_mask_and_in_no_text_and_nothing_follows_it(loaded):
     """The mask ends with the EOS, the text before it; behind it everything is 0."""
     model, tokenizer = loaded
-    stop, ends = common.stop_token_ids(model, tokenizer), set()
+    stop, ends = stop_token_ids(model, tokenizer), set()
     rollout = sample(model, tokenizer, PROMPTS, 64, 24)
     assert rollout.truncated.any() and not rollout.truncated.all()
     for i, text in enumerate(rollout.texts):
@@ -289,7 +290,7 @@ def test_greedy_equals_generate(every):
         prompt = tokenizer(PROMPTS[row // 2], return_tensors="pt").input_ids
         theirs = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False,
-            eos_token_id=common.stop_token_ids(model, tokenizer), pad_token_id=0,
+            eos_token_id=stop_token_ids(model, tokenizer), pad_token_id=0,
         )[0, prompt.shape[1] :]  # fmt: skip
         assert ours.completion_ids[row][ours.completion_mask[row]].tolist() == theirs.tolist()
     close(ours.logprobs, naive_logprobs(model, ours), 1e-4)

@@ -149,7 +149,9 @@ class Stage:
         prompt = [x.repeat_interleave(group_size, 0) for x in prompt]
         ids, lengths = torch.randint(200, (N, T)), torch.randint(1, T + 1, (N, 1))
         mask = torch.arange(T) < lengths
-        rollout = Rollout(*prompt, ids, mask, torch.zeros(N, T), torch.rand(N) < 0.4, texts)
+        group = torch.arange(len(prompts)).repeat_interleave(group_size)
+        zeros, truncated = torch.zeros(N, T), torch.rand(N) < 0.4
+        rollout = Rollout(*prompt, ids, mask, zeros, truncated, texts, group)
         logprobs = bigram_logprobs(model.theta.detach(), rollout, temperature)
         rollout.logprobs = (logprobs + 0.4 * torch.randn(N, T)) * mask
         call["groups"] = groups = [[] for _ in prompts]

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import common
 import gpg
 import grpo
-from tasks import UserError, first_problem, make_task, tiny
+from tasks import UserError, first_problem, get_prompts, make_task, tiny
 from tasks.pictures import data_uri
 from tasks.tiny import tiny_tokenizer
 
@@ -260,19 +261,30 @@ def test_token_texts():
     assert report.token_texts(words, words("one two one").input_ids) == ["one", " two", " one"]
 
 
-def test_pictures(monkeypatch, tmp_path):
-    """The picture of a group is found by its place in the run, and it is scored with it."""
+@pytest.mark.parametrize("kind", ["task", "file"])
+def test_pictures(monkeypatch, tmp_path, kind):
+    """The picture of a group is found by its place in the run, and it is scored with it. With
+    --eval-task nothing of a file is held out, so that its problems have other places."""
+    name, more = "count", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "WARM_START", {"steps": 2, "tokens_per_step": 512, "lr": 1e-3})
-        flags = "--task count --steps 2 --prompts 4 --group-size 2 --max-new-tokens 6 --device cpu"
-        flags += " --eval-problems 2 --beta-th 1 --max-rounds 3 --out"
+        if kind == "file":
+            name, lines = str(tmp_path / "count.jsonl"), ""
+            for x in get_prompts(make_task("count"), range(25)):
+                line = {"prompt": x["text"], "image": data_uri(x["image"]), "answer": "3"}
+                lines += json.dumps(line) + "\n"
+            Path(name).write_text(lines)
+            more = ["--eval-task", "count", "--model", tiny.tiny_model(make_task("count"))]
+        flags = "--steps 2 --prompts 4 --group-size 2 --max-new-tokens 6 --device cpu"
+        flags += " --eval-problems 2 --beta-th 1 --max-rounds 3"
         patch.setattr("run.draw_curves", lambda *_: None)
-        gpg.train(gpg.parse_args([*flags.split(), str(tmp_path / "run")]))
+        flags = [*flags.split(), *more, "--task", name, "--out", str(tmp_path / "run")]
+        gpg.train(gpg.parse_args(flags))
         data = make_page("--rescore", tmp_path / "run", tmp_path / "report.html")["runs"][0]
     assert data["metrics"]["rounds"][1:] == [3, 3]
-    task, first = make_task("count"), first_problem(0)
+    task, first = make_task(name, "train", whole=kind == "file"), first_problem(0)
     for i, group in enumerate(data["groups"]):
-        (prompt,) = report.get_prompts(task, [first + 12 * (i // 3) + i % 3])
+        (prompt,) = get_prompts(task, [first + 12 * (i // 3) + i % 3])
         assert group["prompt"] == prompt["text"] and group["image"] == data_uri(prompt["image"])
         for row in group["rows"]:
             if group["step"] == 1:
