@@ -2,7 +2,6 @@
 
 import copy
 import os
-import string
 from pathlib import Path
 
 import gymnasium
@@ -47,10 +46,7 @@ def is_prompt(x) -> bool:
 
 
 class Texts(gymnasium.spaces.Text):
-    """All texts. Gymnasium's own Text needs a finite alphabet; here only sample() uses one."""
-
-    def __init__(self):
-        super().__init__(max_length=80, min_length=0, charset=string.printable)
+    """All texts. Gymnasium's own have an alphabet and a length; here only those of sample() do."""
 
     def contains(self, x) -> bool:
         return is_text(x)
@@ -72,7 +68,7 @@ class TextTask(gymnasium.Env):
     string}.
     """
 
-    observation_space, action_space = Prompts(), Texts()
+    observation_space, action_space = Prompts(80), Texts(80)
     size: int | None = None  # number of problems; None: endless
     words: list[str] | None = None  # the tiny model's vocabulary; None: one token per byte
 

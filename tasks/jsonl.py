@@ -29,8 +29,6 @@ class JSONLines(TextTask):
     Pictures are read when they are needed.
     """
 
-    instruction = ""  # follows every prompt
-
     def __init__(self, records: list[Problem], split: str = "train"):
         super().__init__(split)
         self.records, self.size = records, len(records)
@@ -47,7 +45,7 @@ class JSONLines(TextTask):
         prompt, answer = record.prompt, gold_answer(record.answer)
         if isinstance(prompt, dict):
             prompt = prompt | {"image": read_image(prompt["image"], record.where)}
-        return prompt + self.instruction if self.instruction else prompt, answer
+        return prompt, answer
 
     def reward(self, completion, answer):
         return float(is_correct(completion, answer))

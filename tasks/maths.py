@@ -32,13 +32,12 @@ URLS = {
 SHA256 = {  # where it is known
     ("math", "train"): "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076",
 }
+INSTRUCTION = "\nReason step by step, then write the final answer as \\boxed{answer}."
 
 
 class Maths(JSONLines):
     """Problems with one answer, which the verifier judges. Raises UserError for a test set that is
     asked for its training split."""
-
-    instruction = "\nReason step by step, then write the final answer as \\boxed{answer}."
 
     def __init__(self, split: str = "train", name: str = "math"):
         if split == "train" and name not in ("gsm8k", "math"):
@@ -98,7 +97,7 @@ def read_problems(path: Path, levels: str) -> list[Problem]:
             problem = f"{record['context']}\n{problem}"
         if record.get("error"):
             answer = f"{answer} ± {record['error']}"
-        records.append(Problem(problem, str(answer), where))
+        records.append(Problem(problem + INSTRUCTION, str(answer), where))
     if not records:
         raise UserError(f"{path}: no problem of level {', '.join(levels)}")
     return records

@@ -92,8 +92,9 @@ def extract_answer(text: str) -> str | None:
 
 def gold_answer(answer: str) -> str:
     """The box or the #### of a worked solution; any other text is itself the answer."""
-    worked = BOX.search(answer) or "####" in answer
-    return (worked and extract_answer(answer)) or answer
+    if BOX.search(answer) or "####" in answer:
+        return extract_answer(answer) or answer
+    return answer
 
 
 def is_correct(completion: str, answer: str) -> bool:

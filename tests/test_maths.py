@@ -48,6 +48,7 @@ def test_each_file_by_its_own_columns(name):
     prompt, gold = task.unwrapped.problem(0)
     assert (prompt.partition("\nReason")[0], gold, task.unwrapped.size) == (problem, answer, 1)
     assert prompt.endswith("write the final answer as \\boxed{answer}.")
+    assert task.unwrapped.records[0].prompt == prompt  # `leave_out_misfits` judges all of it
     completions = [f"\\boxed{{{gold}}}", "\\boxed{7}"]
     assert get_rewards(task, [0], completions)[0].tolist() == [[1, 0]]
 
@@ -58,7 +59,8 @@ def test_math_trains_on_levels_3_to_5():
     put("math", "train", *records)
     put("math", "test", *records)
     problems = {split: make_task("math", split).unwrapped.records for split in ("train", "test")}
-    assert [problem.prompt for problem in problems["train"]] == ["P3", "P4", "P5", "PLevel 3"]
+    prompts = [problem.prompt.partition("\n")[0] for problem in problems["train"]]
+    assert prompts == ["P3", "P4", "P5", "PLevel 3"]
     assert len(problems["test"]) == len(levels)
     put("math", "train", *records[:2])
     with pytest.raises(UserError, match=r"train.jsonl: no problem of level 3, 4, 5$"):
