@@ -66,10 +66,9 @@ def read_records(path: Path) -> list[Problem]:
     records = []
     for where, line in json_lines(path):
         prompt, answer = read_prompt(line, path, where), line.get("answer")
-        if type(answer) not in (str, int, float) or not str(answer).strip():
-            raise UserError(f"{where}: needs a text or a number under 'answer'")
-        if isinstance(answer, float) and not math.isfinite(answer):
-            raise UserError(f"{where}: needs a finite number under 'answer'")
+        is_number = type(answer) in (int, float) and abs(answer) < math.inf  # False for NaN
+        if not is_number and not (isinstance(answer, str) and answer.strip()):
+            raise UserError(f"{where}: needs a text or a finite number under 'answer'")
         records.append(Problem(prompt, str(answer), where))
     return records
 

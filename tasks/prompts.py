@@ -108,7 +108,8 @@ def leave_out_misfits(model, tokenizer, max_new_tokens: int, *tasks) -> None:
     def encode(records: list):
         encode_prompts(model, tokenizer, [record.prompt for record in records], max_new_tokens)
 
-    for task in (getattr(task, "unwrapped", task) for task in tasks):
+    for env in tasks:
+        task = env.unwrapped
         if hasattr(task, "records"):
             task.records = without_misfits(task.records, encode)
             task.size = len(task.records)
