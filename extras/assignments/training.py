@@ -17,17 +17,21 @@ from tasks.tiny import tiny_tokenizer
 
 
 class Letters(TextTask):
-    """Rewards of 0, .5 or 1 by the first byte; some of every eight groups are dead."""
+    """Rewards that hardly ever agree; of the first four groups two are dead, of the next four one.
 
-    dead = 0, 3, 6  # of the first four groups two, of the next four one
+    Which groups are valid does not depend on chance: every seed tells the same mistakes apart.
+    """
+
+    dead = 0, 3, 6
 
     def problem(self, index):
         return "abcdefgh"[: 1 + index % 8] + f" {index}", f"{index}"
 
     def reward(self, completion, answer):
-        first = completion.encode()[0] if completion else 0
-        same = (int(answer) % 8 != 3) / 10  # dead groups have .1 or 0
-        return same if int(answer) % 8 in self.dead else (first % 3) / 2
+        i = int(answer) % 8
+        if i in self.dead:
+            return 0.0 if i == 3 else 0.1
+        return sum(completion.encode()) % 97 / 97
 
 
 class FewDead(Letters):
