@@ -45,8 +45,7 @@ def attributes(seed: int) -> list[Case]:
 
     names = ["r", "r_", "rb", "rb_", "logp", "logp_", "h", "h_", "w", "w_", "margin"]
     names += ["value", "value_kl"]
-    label = "PairBatch.{}, with its gradient".format
-    return [Case(label(x), lambda m, x=x: shown(m, x), part=x) for x in names]
+    return [Case(f"PairBatch.{x}, with its gradient", shown, (x,), part=x) for x in names]
 
 
 def losses(names: str):
@@ -63,7 +62,7 @@ def losses(names: str):
 
     def cases(seed: int) -> list[Case]:
         label = "{}(pairs), its gradient in the logits".format
-        return [Case(label(x), lambda m, x=x: gradient(m, x, seed)) for x in names.split()]
+        return [Case(label(x), gradient, (x, seed)) for x in names.split()]
 
     return cases
 
@@ -87,16 +86,14 @@ def data(seed: int) -> list[Case]:
         return {"wins": preferred, "shares": shares, "seeds differ": apart}
 
     label = "data_set, {}: shares and preferences".format
-    return [
-        Case("collect((.2, .3, .5), 4000, rng, env): the arms and the env's rewards", episodes),
-        *(Case(label(x), lambda m, x=x: columns(m, x), 0.1) for x in ("sampled", "ranked")),
-    ]
+    cases = [Case(label(x), columns, (x,), 0.1) for x in ("sampled", "ranked")]
+    return [Case("collect((.2, .3, .5), 4000, rng, env)", episodes), *cases]
 
 
 QUESTIONS = {
-    "Q1": Question("The optimum", 20, "bandit_toy.py", "optimal_policy objective regret", optimum),
-    "Q2": Question("What a loss may use", 25, "bandit_toy.py", "PairBatch", attributes),
-    "Q3": Question("The loss of CoPG", 15, "bandit_toy.py", "copg_loss", losses("copg_loss")),
-    "Q4": Question("Its rivals", 20, "bandit_toy.py", RIVALS, losses(RIVALS)),
-    "Q5": Question("Collecting the data", 10, "bandit_toy.py", "collect data_set", data),
+    "Q1": Question("bandit_toy.py", "optimal_policy objective regret", optimum),
+    "Q2": Question("bandit_toy.py", "PairBatch.__init__", attributes),
+    "Q3": Question("bandit_toy.py", "copg_loss", losses("copg_loss")),
+    "Q4": Question("bandit_toy.py", RIVALS, losses(RIVALS)),
+    "Q5": Question("bandit_toy.py", "collect data_set", data),
 }

@@ -41,8 +41,7 @@ def groups(seed: int) -> list[Case]:
     def run(module, pattern):
         return sorted(torch.as_tensor(module.fill_batch(torch.tensor(pattern).bool(), 3)).tolist())
 
-    label = "fill_batch({}, B=3), in any order".format
-    return [Case(label(x), lambda m, x=x: run(m, x)) for x in patterns]
+    return [Case(f"fill_batch({x}, B=3), in any order", run, (x,)) for x in patterns]
 
 
 def sampling(seed: int) -> list[Case]:
@@ -90,11 +89,11 @@ TRAIN = {  # paragraphs of train that the handout makes functions
     " -> loss, grad_norm, lr",
 }
 QUESTIONS = {
-    "Q1": Question("Advantages", 15, "gpg.py", "is_valid group_advantages", advantages),
-    "Q2": Question("Alpha", 10, "gpg.py", "gradient_scale", alpha),
-    "Q3": Question("The loss", 15, "gpg.py", "gpg_loss", loss),
-    "Q4": Question("The groups of the batch", 10, "gpg.py", "fill_batch", groups),
-    "Q5": Question("Training: sampling", 10, "gpg.py", "sample_groups", sampling),
-    "Q6": Question("Training: the batch", 10, "gpg.py", "choose_batch", batch),
-    "Q7": Question("Training: the update", 15, "gpg.py", "update", update),
+    "Q1": Question("gpg.py", "is_valid group_advantages", advantages),
+    "Q2": Question("gpg.py", "gradient_scale", alpha),
+    "Q3": Question("gpg.py", "gpg_loss", loss),
+    "Q4": Question("gpg.py", "fill_batch", groups),
+    "Q5": Question("gpg.py", "sample_groups", sampling),
+    "Q6": Question("gpg.py", "choose_batch", batch),
+    "Q7": Question("gpg.py", "update", update),
 }

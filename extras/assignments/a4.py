@@ -54,9 +54,8 @@ def clips(seed: int) -> list[Case]:
             "shuffled": order[0] != list(range(N)),
         }
 
-    for N, mu, n in ((40, 1, 4), (41, 3, 6), (30, 2, 1)):
-        cases.append(Case(f"minibatches({N}, {mu}, {n})", lambda m, a=(N, mu, n): passes(m, *a)))
-    return cases
+    sizes = (40, 1, 4), (41, 3, 6), (30, 2, 1)
+    return cases + [Case(f"minibatches{x}", passes, x) for x in sizes]
 
 
 def sampling(seed: int) -> list[Case]:
@@ -105,11 +104,11 @@ TRAIN = {  # paragraphs of train that the handout makes functions
     " -> losses, grad_norms, last_logprobs, lr",
 }
 QUESTIONS = {
-    "Q1": Question("Advantages", 10, "grpo.py", "group_advantages", advantages),
-    "Q2": Question("The estimate of the KL", 15, "grpo.py", "kl_k3", kl),
-    "Q3": Question("The loss", 20, "grpo.py", "grpo_loss", loss),
-    "Q4": Question("Clips and minibatches", 10, "grpo.py", "is_clipped minibatches", clips),
-    "Q5": Question("Training: sampling", 10, "grpo.py", "sample_groups", sampling),
-    "Q6": Question("Training: the batch", 10, "grpo.py", "choose_batch", batch),
-    "Q7": Question("Training: the updates", 10, "grpo.py", "update", updates),
+    "Q1": Question("grpo.py", "group_advantages", advantages),
+    "Q2": Question("grpo.py", "kl_k3", kl),
+    "Q3": Question("grpo.py", "grpo_loss", loss),
+    "Q4": Question("grpo.py", "is_clipped minibatches", clips),
+    "Q5": Question("grpo.py", "sample_groups", sampling),
+    "Q6": Question("grpo.py", "choose_batch", batch),
+    "Q7": Question("grpo.py", "update", updates),
 }

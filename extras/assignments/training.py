@@ -112,7 +112,7 @@ def train_case(
         return found
 
     label = f"{until or 'train'} with {flags.strip() or 'its defaults'} on {task}"
-    return Case(label, run, 1e-3, part=label)
+    return Case(label, run, tolerance=1e-3, part=label)
 
 
 def sampling_cases(flags: list[str], seed: int, task: str = "Letters-v0") -> list[Case]:
