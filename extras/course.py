@@ -109,7 +109,7 @@ def finished(name: str, file: str, change: tuple[str, str] = ("", "")) -> str:
     paragraphs of `train` that students write are functions of their own."""
     path = ROOT / file if (ROOT / file).exists() else TEXTS / file
     source = path.read_text(encoding="utf-8").replace(*change)
-    for number, signature in getattr(module_of(name), "TRAIN", {}).items():
+    for number, signature in enumerate(getattr(module_of(name), "TRAIN", []), 1):
         source = lift(source, number, signature)
     return source
 
@@ -154,7 +154,7 @@ def mistaken(name: str, key: str) -> dict[str, list[dict]]:
 def find_files(name: str, folder: Path, scratch: Path) -> None:
     """Copy the submitted files, from wherever they are, into a folder of their own. Links and huge
     files are left out."""
-    files = ["answers.json", "my_tasks.py", "report.md", "test_bugs.py"]
+    files = ["answers.json", "my_tasks.py", "test_bugs.py"]
     files += [f"runs/{run}/{file}" for run in "ab" for file in ("config.json", "metrics.csv")]
     files += [question.file for question in questions(name).values()]
     for file in files:
@@ -381,16 +381,14 @@ def lift(source: str, number: int, signature: str) -> str:
     call, outputs = signature.split(" -> ")
     lines = source.split("\n")
     marks = [i for i, line in enumerate(lines) if re.match(r" {8}# \d\. ", line)]
-    start, end = marks[number - 1], marks[number]
-    comment, body = lines[start].split(". ", 1)[1], "\n".join(lines[start + 1 : end]).rstrip()
-    first = {"B": "args.prompts", "G": "args.group_size", "ref_logprobs": "None"}
-    used = [x for x in first if re.search(rf"\b{x}\b", body) and x not in re.split(r"\W+", call)]
-    first = [f"    {x} = {first[x]}" for x in used]
-    body = [line[4:] for line in body.split("\n")]
-    text = [f'    """{comment}', "", f"    -> {outputs}", '    """']
+    start, end = marks[number - 1 : number + 1]
+    title, body = lines[start].split(". ", 1)[1], [line[4:] for line in lines[start + 1 : end - 1]]
+    if "ref_logprobs" in outputs:  # the paragraph sets it only if there is a reference
+        body = ["    ref_logprobs = None", *body]
     lines[start + 1 : end] = [f"        {outputs} = (", f"            {call}", "        )", ""]
     at = lines.index("def train(args: argparse.Namespace) -> Run:")
-    lines[at:at] = [f"def {call}:", *text, *first, *body, f"    return {outputs}", "", ""]
+    text = [f'    """{title}', "", f"    -> {outputs}", '    """']
+    lines[at:at] = [f"def {call}:", *text, *body, f"    return {outputs}", "", ""]
     return "\n".join(lines)
 
 

@@ -1,6 +1,5 @@
 """A1, CoPG on a bandit: the questions of bandit_toy.py."""
 
-import numpy as np
 import torch
 from probe import Case, Question, call
 
@@ -72,22 +71,21 @@ def data(seed: int) -> list[Case]:
         env, rng = module.ThreeArmedBandit(), module.np.random.default_rng(seed)
         env.step = lambda arm: (0, 10.0 - arm, True, False, {})  # not the rewards of the file
         found = module.collect((0.2, 0.3, 0.5), 4000, rng, env)
-        arms, rewards = (np.asarray(x).tolist() for x in found)
-        shares = [sum(arm == i for arm in arms) / 4000 for i in range(3)]
-        seen = {str(arm): float(r) for arm, r in zip(arms, rewards, strict=True)}
-        return {"shares": [round(x, 1) for x in shares], "rewards": seen, "n": len(arms)}
+        arms, rewards = map(torch.as_tensor, found)
+        shares = [(arms == i).double().mean() for i in range(3)]
+        return {"shares": shares, "rewards": [rewards[arms == i].unique() for i in range(3)]}
 
     def columns(module, labels):
         y, y_, wins = map(torch.as_tensor, module.data_set((seed, seed + 1), 3000, labels))
         difference = torch.tensor(module.R)[y] - torch.tensor(module.R)[y_]
-        preferred = [wins[difference == d].double().mean().item() for d in (1.5, -1.5)]
-        shares = [(arm == i).double().mean().item() for arm in (y, y_) for i in range(3)]
+        preferred = [wins[difference == d].double().mean() for d in (1.5, -1.5)]
+        shares = [(arm == i).double().mean() for arm in (y, y_) for i in range(3)]
         apart = bool((y[0] != y[1]).any() and (y != y_).any())
         return {"wins": preferred, "shares": shares, "seeds differ": apart}
 
     label = "data_set, {}: shares and preferences".format
     cases = [Case(label(x), columns, (x,), 0.1) for x in ("sampled", "ranked")]
-    return [Case("collect((.2, .3, .5), 4000, rng, env)", episodes), *cases]
+    return [Case("collect((.2, .3, .5), 4000, rng, env)", episodes, (), 0.05), *cases]
 
 
 QUESTIONS = {

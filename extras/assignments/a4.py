@@ -2,7 +2,7 @@
 
 import torch
 from probe import Case, Question, call, gradient
-from training import rewards_of, sampling_cases, train_case
+from training import rewards_of, sampling_cases, stop_case, train_case
 
 
 def advantages(seed: int) -> list[Case]:
@@ -76,7 +76,7 @@ def batch(seed: int) -> list[Case]:
     flags = ["", "--kl-beta 0", "--dynamic-sampling --max-rounds 3", "--scale none"]
     flags += ["--temperature 0.7", "--mask-truncated"]
     flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
-    return [train_case(x, values, until="choose_batch") for x in flags]
+    return [stop_case("choose_batch", x, values) for x in flags]
 
 
 def strided(N: int, mu: int, n_minibatches: int) -> list:
@@ -88,21 +88,20 @@ def updates(seed: int) -> list[Case]:
     several = "--updates-per-batch 2 --minibatches 3"
     flags = [several, f"{several} --micro-batch-tokens 40 --kl-beta 0", f"{several} --variant dapo"]
     flags += [f"{several} --variant dr_grpo --micro-batch-tokens 40"]
-    columns = ["loss", "grad_norm", "clip_share", "ratio_min", "ratio_max", "kl", "weights"]
-    given = {"minibatches": strided}
-    cases = [train_case(f"{x} --steps 2 --seed {seed}", columns, given=given) for x in flags]
-    dead = f"--kl-beta 0 --steps 2 --seed {seed}"
-    return [*cases, train_case(dead, columns, "AllDead-v0", given=given)]
+    flags = [f"{x} --steps 2 --seed {seed}" for x in [*flags, "--kl-beta 0"]]
+    columns = ["loss", "grad_norm", "clip_share", "ratio_min", "ratio_max", "kl"]
+    cases = [train_case(x, columns, minibatches=strided) for x in flags]
+    return [*cases, train_case(flags[-1], columns, "AllDead-v0", minibatches=strided)]
 
 
 ROUNDS = "prompts, rollouts, rollout, rewards, valid"
 BATCH = "chosen, batch, A, ref_logprobs"
-TRAIN = {  # paragraphs of train that the handout makes functions
-    1: f"sample_groups(model, tokenizer, task, run, args) -> {ROUNDS}",
-    2: f"choose_batch(model, ref_model, rollout, rewards, valid, args) -> {BATCH}",
-    3: f"update(step, model, optimizer, ref_model, {BATCH}, args)"
+TRAIN = [  # the paragraphs of train that the handout makes functions
+    f"sample_groups(model, tokenizer, task, run, B, G, args) -> {ROUNDS}",
+    f"choose_batch(model, ref_model, rollout, rewards, valid, B, G, args) -> {BATCH}",
+    f"update(step, model, optimizer, ref_model, {BATCH}, args)"
     " -> losses, grad_norms, last_logprobs, lr",
-}
+]
 QUESTIONS = {
     "Q1": Question("grpo.py", "group_advantages", advantages),
     "Q2": Question("grpo.py", "kl_k3", kl),

@@ -60,9 +60,9 @@ def call(name: str, *args, **kwargs) -> Case:
     """name(*args, **kwargs), which must not change its arguments."""
 
     def run(module):
-        mine, more = copy.deepcopy(args), copy.deepcopy(kwargs)
+        mine, more = copy.deepcopy((args, kwargs))
         value = getattr(module, name)(*mine, **more)
-        if plain(mine) != plain(args) or plain(more) != plain(kwargs):
+        if plain([mine, more]) != plain([args, kwargs]):
             raise ValueError("your function changes its arguments")
         return value
 
@@ -73,12 +73,12 @@ def gradient(name: str, *args, wrt: int = 0, tolerance: float = 1e-4, **kwargs) 
     """The value of name(*args, **kwargs) and its gradient with respect to argument number `wrt`."""
 
     def run(module):
-        mine = [copy.deepcopy(x) for x in args]
-        mine[wrt] = mine[wrt].detach().clone().requires_grad_()
-        value = getattr(module, name)(*mine, **copy.deepcopy(kwargs))
+        mine, more = copy.deepcopy((args, kwargs))
+        mine[wrt].requires_grad_()
+        value = getattr(module, name)(*mine, **more)
         if not value.requires_grad:
             raise ValueError("what your function returns has no gradient")
-        slope = torch.autograd.grad(value.sum(), mine[wrt])[0]
+        (slope,) = torch.autograd.grad(value.sum(), mine[wrt])
         return {"value": value.detach(), "gradient": slope, "dtype": str(value.dtype)}
 
     label = f"{shown(name, args, kwargs)}, with its gradient"

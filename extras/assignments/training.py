@@ -74,44 +74,51 @@ def small_model() -> str:
     return directory
 
 
+def trained(module, flags: str, task: str, replaced: dict) -> Run:
+    """A training with these flags, with functions of the module replaced by others."""
+    fixed = f"--model {small_model()} --task {task} --prompts 4 --group-size 4 --lr 1e-3 "
+    fixed += "--max-new-tokens 8 --warmup 2 --eval-problems 1 --eval-samples 1 "
+    fixed += f"--eval-every 99 --device cpu --out {tempfile.mkdtemp()} "
+    Run.save = Run.finish = lambda run: None  # slow, and not looked at
+    with mock.patch.dict(vars(module), replaced):
+        return module.train(module.parse_args((fixed + flags).split()))
+
+
+def train_case(flags: str, columns: list[str], task: str = "Letters-v0", **replaced) -> Case:
+    """Columns of the metrics of a training, how far each weight has moved, and whether dead groups
+    were reported."""
+
+    def run(module):
+        run = trained(module, flags, task, replaced)
+        before = AutoModelForCausalLM.from_pretrained(small_model()).parameters()
+        moved = zip(run.model.parameters(), before, strict=True)
+        found = {x: [row.get(x) for row in run.rows[1:]] for x in columns}
+        found["weights"] = [(now - old).norm().item() for now, old in moved]
+        return found | {"warned": any("dead" in message for message in run.warned)}
+
+    label = f"train with {flags.strip() or 'its defaults'} on {task}"
+    return Case(label, run, tolerance=1e-3, part=label)
+
+
 class Returned(Exception):
     """What the function at which a training is stopped has returned."""
 
 
-def train_case(
-    flags: str, values, task: str = "Letters-v0", until: str = "", given: dict | None = None
-) -> Case:
-    """A training with these flags. `values` are columns of its metrics, "weights" being how far
-    they have moved, "warned" whether dead groups were reported; or, with `until`, a function of
-    what this function of the module returns. `given` functions take the place of the module's."""
+def stop_case(function: str, flags: str, values, task: str = "Letters-v0") -> Case:
+    """`values` of what a function of the module returns, when a training first calls it."""
 
     def run(module):
-        fixed = f"--model {small_model()} --task {task} --prompts 4 --group-size 4 --lr 1e-3 "
-        fixed += "--max-new-tokens 8 --warmup 2 --eval-problems 1 --eval-samples 1 "
-        fixed += f"--eval-every 99 --device cpu --out {tempfile.mkdtemp()} "
-        Run.save = Run.finish = lambda run: None  # slow, and not looked at
-        args = module.parse_args((fixed + flags).split())
-        function = getattr(module, until or "train")
+        original = getattr(module, function)
 
         def stop(*args):
-            raise Returned(function(*args))
+            raise Returned(*original(*args))
 
-        replaced = {until: stop} if until else given or {}
-        with mock.patch.dict(vars(module), replaced):
-            try:
-                trained = module.train(args)
-            except Returned as returned:
-                return values(*returned.args[0])
-        found = {x: [row.get(x) for row in trained.rows[1:]] for x in values}
-        if "warned" in values:
-            found["warned"] = any("dead" in message for message in trained.warned)
-        if "weights" in values:
-            before = AutoModelForCausalLM.from_pretrained(small_model()).parameters()
-            moved = zip(trained.model.parameters(), before, strict=True)
-            found["weights"] = [(now - old).norm().item() for now, old in moved]
-        return found
+        try:
+            trained(module, flags, task, {function: stop})
+        except Returned as returned:
+            return values(*returned.args)
 
-    label = f"{until or 'train'} with {flags.strip() or 'its defaults'} on {task}"
+    label = f"{function} with {flags.strip() or 'its defaults'} on {task}"
     return Case(label, run, tolerance=1e-3, part=label)
 
 
@@ -123,4 +130,4 @@ def sampling_cases(flags: list[str], seed: int, task: str = "Letters-v0") -> lis
         return found | {"rewards": rewards, "valid": valid}
 
     flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
-    return [train_case(x, values, task, until="sample_groups") for x in flags]
+    return [stop_case("sample_groups", x, values, task) for x in flags]

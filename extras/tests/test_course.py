@@ -35,13 +35,13 @@ def submit(tmp_path, name, key, replacements=(), source=None):
 
 
 def test_every_mistake_can_be_made_once():
-    for question, mistake, right, wrong, hint in MISTAKES:
-        name, key = question.split()
-        file = course.questions(name)[key].file
-        source = course.finished(name, file, (right, wrong))
-        assert source != course.finished(name, file) and hint.endswith("."), mistake
-        path = ROOT / file if (ROOT / file).exists() else course.TEXTS / file
-        assert path.read_text().count(right) == 1, mistake
+    for questions, mistake, right, wrong, hint in MISTAKES:
+        for name, key in map(str.split, questions.split(", ")):
+            file = course.questions(name)[key].file
+            source = course.finished(name, file, (right, wrong))
+            assert source != course.finished(name, file) and hint.endswith("."), mistake
+            path = ROOT / file if (ROOT / file).exists() else course.TEXTS / file
+            assert path.read_text().count(right) == 1, mistake
 
 
 def test_points_add_up():
@@ -300,7 +300,7 @@ CONTRACT = textwrap.dedent(
 )
 
 
-def test_an_own_task_its_runs_and_the_report_are_graded(tmp_path):
+def test_an_own_task_and_its_runs_are_graded(tmp_path):
     (tmp_path / "my_tasks.py").write_text(CONTRACT)
     for run, lr in (("a", 0.1), ("b", 0.2)):
         config = {"script": "gpg.py", "task": "my_tasks:Long-v0", "steps": 20, "lr": lr, "seed": lr}
@@ -308,18 +308,15 @@ def test_an_own_task_its_runs_and_the_report_are_graded(tmp_path):
         (tmp_path / "runs" / run / "config.json").write_text(json.dumps(config))
         rows = "step,loss,eval_accuracy\n0,,0.1\n" + f"20,{lr},{lr}\n"
         (tmp_path / "runs" / run / "metrics.csv").write_text(rows)
-    report = "python gpg.py --lr 0.1 and --lr 0.2: .100 and .200. " + "word " * 300
-    (tmp_path / "report.md").write_text(report)
 
     def scores():
         results = course.grade("A6", tmp_path, ["ann"], tmp_path / "out.json")
         return [test["score"] for test in results["tests"]]
 
-    assert scores() == [15, 10, 5]
-    (tmp_path / "report.md").write_text(report.replace("--lr", ""))
+    assert scores() == [20, 10]
     (tmp_path / "runs" / "b" / "config.json").write_text(json.dumps(config | {"clip_grad": 1}))
     (tmp_path / "my_tasks.py").write_text(CONTRACT.replace('f"{self.split} {index}"', 'f"{index}"'))
-    assert scores() == [0, 0, 0]
+    assert scores() == [0, 0]
 
 
 def test_three_bugs_are_found_by_tests_and_repaired(tmp_path):
