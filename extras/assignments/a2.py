@@ -29,20 +29,18 @@ def draws(seed: int) -> list[Case]:
 
     def shares(module, temperature):
         tokens, _ = module.draw(logits.repeat(20_000, 1), temperature)
-        return [(tokens == i).double().mean().item() for i in range(6)]
+        return [(tokens == i).double().mean() for i in range(6)]
 
     def logprobs(module, temperature):
-        tokens, logprobs = module.draw(logits.repeat(2000, 1), temperature)
-        found = dict(zip(tokens.tolist(), logprobs.tolist(), strict=True))
-        frequent = ((logits[0] / temperature).softmax(-1) > 0.01).nonzero().flatten().tolist()
-        return {token: found.get(token) for token in frequent}
+        tokens, found = module.draw(logits.repeat(2000, 1), temperature)
+        frequent = (logits[0] / temperature).softmax(-1) > 0.01  # others may not be drawn
+        return torch.zeros(6).scatter(0, tokens, found.float())[frequent]
 
     cases = [Case("positions of left-padded rows, where the mask is True", numbered)]
     cases.append(Case("draw at temperature 0: tokens and log-probs", greedy))
     for t in (1.0, 0.5, 1.7):
-        label = f"draw at temperature {t}: "
-        cases.append(Case(f"{label}shares of 20,000 tokens", shares, (t,), 0.04))
-        cases.append(Case(f"{label}log-probs of frequent tokens", logprobs, (t,)))
+        cases.append(Case(f"draw at temperature {t}: shares of the tokens", shares, (t,), 0.04))
+        cases.append(Case(f"draw at temperature {t}: log-probs", logprobs, (t,)))
     return cases
 
 
@@ -117,8 +115,8 @@ def logprobs(seed: int) -> list[Case]:
         values = module.completion_logprobs(model, rollout_by_hand(seed), temperature)
         weights = torch.linspace(-1, 1, values.numel()).view(values.shape)
         slopes = torch.autograd.grad((values * weights).sum(), list(model.parameters()))
-        norms = [slope.norm().item() for slope in slopes]
-        return {"logprobs": values.detach(), "gradient norms": norms, "dtype": str(values.dtype)}
+        norms = [slope.norm() for slope in slopes]
+        return {"logprobs": values, "gradient norms": norms, "dtype": str(values.dtype)}
 
     label = "completion_logprobs at {}".format
     return [Case(label(t), scored, (t,), 1e-3, label(t)) for t in (1.0, 0.6)]
@@ -138,7 +136,6 @@ def batches(seed: int) -> list[Case]:
             "number of batches": len(parts),
         }
 
-    sizes = [(20, 1), (30, 1), (5, 1), (40, 2), (36, 3)]
     sizes = [(20, 1), (30, 1), (5, 1), (40, 2), (36, 3)]
     label = "micro_batches(rollout, {}, block={})".format
     return [Case(label(*x), properties, x) for x in sizes]

@@ -4,7 +4,7 @@ import math
 
 import torch
 from probe import Case, Question, call, gradient
-from training import rewards_of, sampling_cases, stop_case, train_case, trained
+from training import rewards_of, sampling_case, stop_case, train_case, trained
 
 
 def advantages(seed: int) -> list[Case]:
@@ -46,8 +46,8 @@ def groups(seed: int) -> list[Case]:
 
 def sampling(seed: int) -> list[Case]:
     flags = [f"--beta-th {x} --max-rounds 4" for x in (0.5, 0.7, 0.75, 0.9)]
-    flags += ["--beta-th 1 --max-rounds 1", "--beta-th 0 --temperature 0.3"]
-    return sampling_cases(["--beta-th 0", *flags], seed)
+    flags += ["--beta-th 1 --max-rounds 1", "--beta-th 0 --temperature 0.3", "--beta-th 0"]
+    return [sampling_case(x, seed) for x in flags]
 
 
 def batch(seed: int) -> list[Case]:
@@ -56,27 +56,25 @@ def batch(seed: int) -> list[Case]:
 
     more = "--beta-th 0.9 --max-rounds 3"
     flags = ["--beta-th 0", "--beta-th 0 --no-alpha", more, f"{more} --mask-truncated"]
-    flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
-    return [stop_case("choose_batch", x, values) for x in flags]
+    return [stop_case("choose_batch", x, seed, values) for x in flags]
 
 
 def update(seed: int) -> list[Case]:
-    flags = ["", "--micro-batch-tokens 40", "--f-norm std --temperature 0.7", "--clip-grad 0.01"]
-    flags = [f"{x} --steps 2 --seed {seed}" for x in [*flags, "--mask-truncated"]]
-    columns = ["loss", "grad_norm", "lr"]
-    cases = [train_case(x, columns) for x in flags]
-
     def stops(module):
         def is_nan(logprobs, *args, **kwargs):
             return logprobs.sum() * math.nan
 
         try:
-            trained(module, f"--steps 1 --seed {seed}", "Letters-v0", {"gpg_loss": is_nan})
+            trained(module, f"--steps 1 --seed {seed}", gpg_loss=is_nan)
         except RuntimeError as error:
             return "total norm" in str(error)  # `sample` stops at NaNs, too
 
+    flags = ["", "--micro-batch-tokens 40", "--f-norm std --temperature 0.7", "--clip-grad 0.01"]
+    columns = ["loss", "grad_norm", "lr"]
+    cases = [train_case(x, seed, columns) for x in [*flags, "--mask-truncated"]]
+    cases.append(train_case("", seed, columns, "all-dead"))
     label = "clip_grad_norm_ stops a training whose loss is NaN"
-    return [*cases, train_case(flags[0], columns, "AllDead-v0"), Case(label, stops, part=label)]
+    return [*cases, Case(label, stops, part=label)]
 
 
 ROUNDS = "prompts, rollouts, rollout, rewards, valid"

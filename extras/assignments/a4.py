@@ -2,7 +2,7 @@
 
 import torch
 from probe import Case, Question, call, gradient
-from training import rewards_of, sampling_cases, stop_case, train_case
+from training import rewards_of, sampling_case, stop_case, train_case
 
 
 def advantages(seed: int) -> list[Case]:
@@ -59,11 +59,9 @@ def clips(seed: int) -> list[Case]:
 
 
 def sampling(seed: int) -> list[Case]:
-    dynamic = ["--dynamic-sampling --max-rounds 3"]
-    cases = sampling_cases(["", *dynamic, "--dynamic-sampling --max-rounds 8"], seed)
-    return cases + [
-        x for t in ("FewDead", "AllDead") for x in sampling_cases(dynamic, seed, f"{t}-v0")
-    ]
+    dynamic = "--dynamic-sampling --max-rounds"
+    cases = [sampling_case(x, seed) for x in ("", f"{dynamic} 3", f"{dynamic} 8")]
+    return cases + [sampling_case(f"{dynamic} 3", seed, task) for task in ("few-dead", "all-dead")]
 
 
 def batch(seed: int) -> list[Case]:
@@ -75,23 +73,20 @@ def batch(seed: int) -> list[Case]:
 
     flags = ["", "--kl-beta 0", "--dynamic-sampling --max-rounds 3", "--scale none"]
     flags += ["--temperature 0.7", "--mask-truncated"]
-    flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
-    return [stop_case("choose_batch", x, values) for x in flags]
-
-
-def strided(N: int, mu: int, n_minibatches: int) -> list:
-    """Minibatches without chance, so that the updates do not depend on how a student shuffles."""
-    return [torch.arange(k, N, n_minibatches) for _ in range(mu) for k in range(n_minibatches)]
+    return [stop_case("choose_batch", x, seed, values) for x in flags]
 
 
 def updates(seed: int) -> list[Case]:
+    def strided(N, mu, n_minibatches):
+        """Without chance, so that the updates do not depend on how a student shuffles."""
+        return [torch.arange(k, N, n_minibatches) for _ in range(mu) for k in range(n_minibatches)]
+
     several = "--updates-per-batch 2 --minibatches 3"
     flags = [several, f"{several} --micro-batch-tokens 40 --kl-beta 0", f"{several} --variant dapo"]
     flags += [f"{several} --variant dr_grpo --micro-batch-tokens 40"]
-    flags = [f"{x} --steps 2 --seed {seed}" for x in [*flags, "--kl-beta 0"]]
     columns = ["loss", "grad_norm", "clip_share", "ratio_min", "ratio_max", "kl"]
-    cases = [train_case(x, columns, minibatches=strided) for x in flags]
-    return [*cases, train_case(flags[-1], columns, "AllDead-v0", minibatches=strided)]
+    cases = [train_case(x, seed, columns, minibatches=strided) for x in flags]
+    return [*cases, train_case("--kl-beta 0", seed, columns, "all-dead", minibatches=strided)]
 
 
 ROUNDS = "prompts, rollouts, rollout, rewards, valid"

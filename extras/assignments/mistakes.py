@@ -32,8 +32,6 @@ MISTAKES = [  # questions, name, right text, wrong text, hint
     ('A1 Q4', 'IPO regresses to 1', 'return (0.5 - p.beta * p.margin) ** 2', 'return (1 - p.beta * p.margin) ** 2', 'IPO regresses beta times the margin to 1/2.'),
     ('A1 Q4', 'one weight for both arms', 'p.w_ * (p.rb_', 'p.w * (p.rb_', 'Each arm has an importance weight of its own.'),
     ('A1 Q4', 'sign of pg', 'return -(p.rb * p.logp + p.rb_ * p.logp_)', 'return p.rb * p.logp + p.rb_ * p.logp_', 'A loss is minimised: minus the reward times ln pi.'),
-    ('A1 Q5', 'both arms from mu1', 'collect(MU[1], n_pairs, rng, env)', 'collect(MU[0], n_pairs, rng, env)', 'y_ is drawn from mu2.'),
-    ('A1 Q5', 'preferences reversed', 'np.exp(r_ - r)', 'np.exp(r - r_)', 'The probability that y wins is the sigmoid of R(y) - R(y_).'),
     ('A2 Q1', 'temperature multiplied', 'logits.float() / (temperature or 1.0)', 'logits.float() * (temperature or 1.0)', 'Divide the logits by the temperature.'),
     ('A2 Q1', 'log-prob at temperature 1', 'return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)', 'return tokens.squeeze(1), logits.float().log_softmax(-1).gather(1, tokens).squeeze(1)', 'The log-prob is that of the distribution you sampled from.'),
     ('A2 Q1', 'always greedy', 'if temperature == 0:', 'if True:', 'Sample, unless the temperature is 0.'),

@@ -22,7 +22,9 @@ class Letters(TextTask):
     Which groups are valid does not depend on chance: every seed tells the same mistakes apart.
     """
 
-    dead = 0, 3, 6
+    def __init__(self, split: str = "train", dead=(0, 3, 6)):
+        super().__init__(split)
+        self.dead = dead
 
     def problem(self, index):
         return "abcdefgh"[: 1 + index % 8] + f" {index}", f"{index}"
@@ -34,16 +36,9 @@ class Letters(TextTask):
         return sum(completion.encode()) % 97 / 97
 
 
-class FewDead(Letters):
-    dead = (0,)
-
-
-class AllDead(Letters):
-    dead = range(8)
-
-
-for task in (Letters, FewDead, AllDead):
-    gymnasium.register(f"{task.__name__}-v0", entry_point=task)
+gymnasium.register("letters", Letters)
+gymnasium.register("few-dead", Letters, kwargs={"dead": (0,)})
+gymnasium.register("all-dead", Letters, kwargs={"dead": range(8)})
 
 
 def rewards_of(seed: int) -> list[torch.Tensor]:
@@ -74,7 +69,7 @@ def small_model() -> str:
     return directory
 
 
-def trained(module, flags: str, task: str, replaced: dict) -> Run:
+def trained(module, flags: str, task: str = "letters", **replaced) -> Run:
     """A training with these flags, with functions of the module replaced by others."""
     fixed = f"--model {small_model()} --task {task} --prompts 4 --group-size 4 --lr 1e-3 "
     fixed += "--max-new-tokens 8 --warmup 2 --eval-problems 1 --eval-samples 1 "
@@ -84,19 +79,19 @@ def trained(module, flags: str, task: str, replaced: dict) -> Run:
         return module.train(module.parse_args((fixed + flags).split()))
 
 
-def train_case(flags: str, columns: list[str], task: str = "Letters-v0", **replaced) -> Case:
-    """Columns of the metrics of a training, how far each weight has moved, and whether dead groups
+def train_case(flags: str, seed: int, columns: list[str], task="letters", **replaced) -> Case:
+    """Columns of the metrics of two steps, how far each weight has moved, and whether dead groups
     were reported."""
 
     def run(module):
-        run = trained(module, flags, task, replaced)
+        run = trained(module, f"{flags} --steps 2 --seed {seed}", task, **replaced)
         before = AutoModelForCausalLM.from_pretrained(small_model()).parameters()
         moved = zip(run.model.parameters(), before, strict=True)
         found = {x: [row.get(x) for row in run.rows[1:]] for x in columns}
         found["weights"] = [(now - old).norm().item() for now, old in moved]
         return found | {"warned": any("dead" in message for message in run.warned)}
 
-    label = f"train with {flags.strip() or 'its defaults'} on {task}"
+    label = f"train with {flags or 'its defaults'} on {task}"
     return Case(label, run, tolerance=1e-3, part=label)
 
 
@@ -104,8 +99,8 @@ class Returned(Exception):
     """What the function at which a training is stopped has returned."""
 
 
-def stop_case(function: str, flags: str, values, task: str = "Letters-v0") -> Case:
-    """`values` of what a function of the module returns, when a training first calls it."""
+def stop_case(function: str, flags: str, seed: int, values, task="letters") -> Case:
+    """`values` of what a function of the module returns in the first step of a training."""
 
     def run(module):
         original = getattr(module, function)
@@ -114,20 +109,17 @@ def stop_case(function: str, flags: str, values, task: str = "Letters-v0") -> Ca
             raise Returned(*original(*args))
 
         try:
-            trained(module, flags, task, {function: stop})
+            trained(module, f"{flags} --steps 1 --seed {seed}", task, **{function: stop})
         except Returned as returned:
             return values(*returned.args)
 
-    label = f"{function} with {flags.strip() or 'its defaults'} on {task}"
+    label = f"{function} with {flags or 'its defaults'} on {task}"
     return Case(label, run, tolerance=1e-3, part=label)
 
 
-def sampling_cases(flags: list[str], seed: int, task: str = "Letters-v0") -> list[Case]:
-    """What `sample_groups` returns in the first step of trainings with these flags."""
-
+def sampling_case(flags: str, seed: int, task="letters") -> Case:
     def values(prompts, rollouts, rollout, rewards, valid):
         found = {"prompts": len(prompts), "rollouts": len(rollouts), "rows": len(rollout.texts)}
         return found | {"rewards": rewards, "valid": valid}
 
-    flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
-    return [stop_case("sample_groups", x, values, task) for x in flags]
+    return stop_case("sample_groups", flags, seed, values, task)
