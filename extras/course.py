@@ -70,7 +70,7 @@ def text_of(name: str) -> str:
     return text.replace("{rules}", rules.rstrip()).replace("{name}", name)
 
 
-def parts(name: str) -> dict[str, int]:
+def points_of(name: str) -> dict[str, int]:
     """{title: points} of what the program grades: questions, written questions, A7's tests."""
     found = re.findall(r"\*\*([QTW]\d[^*]*)\*\* \((\d+) points", text_of(name))
     return {title: int(points) for title, points in found}
@@ -169,31 +169,27 @@ def find_files(name: str, folder: Path, scratch: Path) -> None:
 
 
 def grade(name: str, folder: Path, students: list[str] | None, out: Path) -> dict:
-    """One submission -> Gradescope's results: score, and tests with their feedback.
-
-    They are written to `out` after every question: if the grader is stopped, what it did counts.
-    """
+    """One submission -> Gradescope's results, written to `out`: score, and tests with feedback."""
+    tests = []
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         find_files(name, folder, scratch)
         answers = read_answers(scratch / "answers.json")
         students = students or [str(answers.get("id") or folder.name)]
-        fixed = {"score": 0.0, "output": "The grader was stopped.", "visibility": VISIBILITY}
-        tests = [{"name": x, "max_score": points} | fixed for x, points in parts(name).items()]
-        results = {"score": 0.0, "tests": tests}
-        for test in tests:
-            key = test["name"][:2]
+        for title, points in points_of(name).items():
+            key = title[:2]
             if key[0] == "W":
-                share, test["output"] = grade_answer(name, key, students, answers)
+                share, feedback = grade_answer(name, key, students, answers)
             elif key[0] == "T":
-                share, test["output"] = grade_test(f"Q{key[1]}", scratch)
+                share, feedback = grade_test(f"Q{key[1]}", scratch)
             elif name == "A6":
-                share, test["output"] = grade_contract(key, scratch)
+                share, feedback = grade_contract(key, scratch)
             else:
-                share, test["output"] = grade_question(name, key, scratch)
-            test["score"] = round(test["max_score"] * share, 2)
-            results["score"] = round(sum(test["score"] for test in tests), 2)
-            write(out, json.dumps(results, indent=2) + "\n")
+                share, feedback = grade_question(name, key, scratch)
+            test = {"name": title, "score": round(points * share, 2), "max_score": points}
+            tests.append(test | {"output": feedback, "visibility": VISIBILITY})
+    results = {"score": round(sum(test["score"] for test in tests), 2), "tests": tests}
+    write(out, json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -213,18 +209,13 @@ def judge(name: str, key: str, got: list[dict]) -> tuple[float, str]:
     """What a submission returns -> share of the points, feedback. Every function has the same
     share; a function counts if all of its cases are right."""
     right, cases = expected(name, key, SEED), questions(name)[key].cases(SEED)
-    errors = {outcome.get("error", "") for outcome in got}
-    if len(errors) == 1 and errors != {""}:
-        return 0.0, f"Nothing to grade: {errors.pop()}."
-    parts, shown = {}, {}  # shown: the first wrong case of each
+    parts, shown = {}, {}  # of each function; the first wrong case of each
     for case, a, b in zip(cases, got, right, strict=True):
-        ok = agree(a, b, case.tolerance)
-        parts.setdefault(case.part, []).append(ok)
-        if not ok:
+        parts.setdefault(case.part, []).append(agree(a, b, case.tolerance))
+        if not parts[case.part][-1]:
             shown.setdefault(case.part, f"- {case.label}\n{difference(a, b, case.tolerance)}")
     share = sum(map(all, parts.values())) / len(parts)
     lines = [f"{sum(map(sum, parts.values()))} of {len(cases)} checks passed.", *shown.values()]
-    lines[4:] = [line.partition("\n")[0] for line in lines[4:]]  # only their names
     for mistake in known_mistakes(name, key, got) if share < 1 else ():
         hint = known_in(f"{name} {key}")[mistake][2]
         lines.append(f'Your code behaves like a known mistake, "{mistake}": {hint}')
@@ -314,7 +305,7 @@ def grade_many(name: str, folder: Path, out: Path) -> None:
     details.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["student", "score", *(title[:2] for title in parts(name))])
+        table.writerow(["student", "score", *(title[:2] for title in points_of(name))])
         for path in tqdm(submissions, unit="submission"):
             results = grade(name, path, None, details / f"{path.name}.json")
             scores = [test["score"] for test in results["tests"]]
@@ -359,7 +350,7 @@ def make(name: str, out: Path) -> None:
     copy([TEXTS / file for file in checks], out)
     values = {key: expected(name, key, 0) for key in questions(name)}
     (out / "expected.json").write_text(json.dumps({"assignment": name, "values": values}))
-    blank = dict.fromkeys(["id", *(title for title in parts(name) if title[0] == "W")])
+    blank = dict.fromkeys(["id", *(title for title in points_of(name) if title[0] == "W")])
     write(out / "answers.json", json.dumps(blank, indent=2) + "\n")
 
 

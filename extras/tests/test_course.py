@@ -47,7 +47,7 @@ def test_every_mistake_can_be_made_once():
 def test_points_add_up():
     """To a hundred by the program; to 30 and 75 where a reader gives the rest."""
     for name in course.NAMES:
-        assert sum(course.parts(name).values()) == {"A6": 30, "A7": 75}.get(name, 100), name
+        assert sum(course.points_of(name).values()) == {"A6": 30, "A7": 75}.get(name, 100), name
 
 
 def test_the_texts_name_what_is_to_be_written():
