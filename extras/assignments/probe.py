@@ -96,8 +96,9 @@ def brief(x) -> str:
 
 
 def plain(value):
-    """Tensors and arrays as lists, as JSON holds them."""
-    return json.loads(json.dumps(value, default=lambda x: x.tolist()))
+    """As JSON holds it, tensors and arrays as lists."""
+    listed = json.dumps(value, default=lambda x: x.tolist() if hasattr(x, "tolist") else float(x))
+    return json.loads(listed)
 
 
 def same(a, b, tolerance: float) -> bool:
