@@ -252,9 +252,9 @@ def test_a_handout_has_no_solution_and_its_checks_turn_green(tmp_path):
 
 def test_a_class_is_graded(tmp_path, monkeypatch):
     monkeypatch.setattr(course, "grade_question", lambda name, key, folder: (0.5, "half"))
-    numbers = course.written.numbers("A3", "W2", "ann")
-    right = course.ANSWERS["A3 W2"](**numbers)
-    for name, answers in (("one", {"id": "ann", "W2": str(right)}), ("bob", {"W2": right})):
+    numbers = course.written.numbers("A3", "W1", "ann")
+    right = course.ANSWERS["A3 W1"](**numbers)
+    for name, answers in (("one", {"id": "ann", "W1": str(right)}), ("bob", {"W1": right})):
         (tmp_path / "class" / name).mkdir(parents=True)
         (tmp_path / "class" / name / "answers.json").write_text(json.dumps(answers))
     out = tmp_path / "grades.csv"
@@ -262,6 +262,7 @@ def test_a_class_is_graded(tmp_path, monkeypatch):
     lines = out.read_text().splitlines()
     assert lines[0].startswith("student,score,Q1,Q2") and len(lines) == 3
     assert lines[2].startswith("one,47.5,7.5,")  # 42.5 and one written question
+    assert lines[1].startswith("bob,42.5,7.5,")  # whose numbers are others
     results = json.loads((tmp_path / "grades" / "one.json").read_text())
     assert {"score", "tests"} <= results.keys() and results["tests"][0]["max_score"] == 15
 
