@@ -12,9 +12,9 @@ def advantages(seed: int) -> list[Case]:
 
 def kl(seed: int) -> list[Case]:
     generator = torch.Generator().manual_seed(seed)
-    policy = -torch.rand(2, 3, generator=generator, dtype=torch.float64) * 3
-    near = policy + 1e-5 * torch.rand(2, 3, generator=generator, dtype=torch.float64)
-    far = policy + torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    policy = -torch.rand(4, 8, generator=generator, dtype=torch.float64) * 3
+    near = policy + 1e-5 * torch.rand(4, 8, generator=generator, dtype=torch.float64)
+    far = policy + torch.randn(4, 8, generator=generator, dtype=torch.float64)
     single = [(policy.float(), (policy + 1e-3).float()), (policy.float(), far.float())]
     pairs = [(policy, near), (policy, far), *single]
     return [gradient("kl_k3", *pair, tolerance=1e-3) for pair in pairs]
