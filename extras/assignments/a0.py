@@ -38,13 +38,13 @@ def training(seed: int) -> list[Case]:
         return module.train("the rewards", steps=3, lr=0.5, group_size=8)
 
     names = ["none", "mean of others"]
-    cases = [Case(f"train({x!r})", lambda m, x=x: curve(m, x), 0.01) for x in names]
+    cases = [Case(f"train({x!r})", curve, (x,), 0.01) for x in names]
     return [*cases, Case("train with the rewards as their own baseline: nothing changes", still)]
 
 
 QUESTIONS = {
-    "Q1": Question("The exact gradient", 20, "reinforce.py", "exact_gradient", exact),
-    "Q2": Question("The loss", 20, "reinforce.py", "reinforce_loss", loss),
-    "Q3": Question("Baselines", 20, "reinforce.py", "group_mean mean_of_others", baselines),
-    "Q4": Question("Training", 20, "reinforce.py", "train", training),
+    "Q1": Question("reinforce.py", "exact_gradient", exact),
+    "Q2": Question("reinforce.py", "reinforce_loss", loss),
+    "Q3": Question("reinforce.py", "group_mean mean_of_others", baselines),
+    "Q4": Question("reinforce.py", "train", training),
 }

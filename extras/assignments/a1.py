@@ -1,6 +1,7 @@
 """A1, CoPG on a bandit: the questions of bandit_toy.py."""
 
-import numpy as np
+from functools import partial
+
 import torch
 from probe import Case, Question, call
 
@@ -45,58 +46,28 @@ def attributes(seed: int) -> list[Case]:
 
     names = ["r", "r_", "rb", "rb_", "logp", "logp_", "h", "h_", "w", "w_", "margin"]
     names += ["value", "value_kl"]
-    label = "PairBatch.{}, with its gradient".format
-    return [Case(label(x), lambda m, x=x: shown(m, x), part=x) for x in names]
+    return [Case(f"PairBatch.{x}, with its gradient", shown, (x,), part=x) for x in names]
 
 
-def losses(names: str):
-    """Questions about the gradient of each loss, which is all that counts: a constant does not."""
-
-    def gradient(module, name, seed):
-        p, logits = pairs(module, seed)
-        weight = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(3, 4)
-        value = getattr(module, name)(p)
-        if not value.requires_grad:
-            why = "rb is detached; build the loss from r and h, or from logp"
-            raise ValueError(f"what your loss returns has no gradient: {why}")
-        return torch.autograd.grad((value * weight).sum(), logits)[0]
-
-    def cases(seed: int) -> list[Case]:
-        label = "{}(pairs), its gradient in the logits".format
-        return [Case(label(x), lambda m, x=x: gradient(m, x, seed)) for x in names.split()]
-
-    return cases
+def slope(module, name: str, seed: int):
+    """The gradient of a loss is all that counts: a constant does not."""
+    p, logits = pairs(module, seed)
+    weight = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(3, 4)
+    value = getattr(module, name)(p)
+    if not value.requires_grad:
+        why = "rb is detached; build the loss from r and h, or from logp"
+        raise ValueError(f"what your loss returns has no gradient: {why}")
+    return torch.autograd.grad((value * weight).sum(), logits)[0]
 
 
-def data(seed: int) -> list[Case]:
-    def episodes(module):
-        env, rng = module.ThreeArmedBandit(), module.np.random.default_rng(seed)
-        env.step = lambda arm: (0, 10.0 - arm, True, False, {})  # not the rewards of the file
-        found = module.collect((0.2, 0.3, 0.5), 4000, rng, env)
-        arms, rewards = (np.asarray(x).tolist() for x in found)
-        shares = [sum(arm == i for arm in arms) / 4000 for i in range(3)]
-        seen = {str(arm): float(r) for arm, r in zip(arms, rewards, strict=True)}
-        return {"shares": [round(x, 1) for x in shares], "rewards": seen, "n": len(arms)}
-
-    def columns(module, labels):
-        y, y_, wins = map(torch.as_tensor, module.data_set((seed, seed + 1), 3000, labels))
-        difference = torch.tensor(module.R)[y] - torch.tensor(module.R)[y_]
-        preferred = [wins[difference == d].double().mean().item() for d in (1.5, -1.5)]
-        shares = [(arm == i).double().mean().item() for arm in (y, y_) for i in range(3)]
-        apart = bool((y[0] != y[1]).any() and (y != y_).any())
-        return {"wins": preferred, "shares": shares, "seeds differ": apart}
-
-    label = "data_set, {}: shares and preferences".format
-    return [
-        Case("collect((.2, .3, .5), 4000, rng, env): the arms and the env's rewards", episodes),
-        *(Case(label(x), lambda m, x=x: columns(m, x), 0.1) for x in ("sampled", "ranked")),
-    ]
+def losses(seed: int, names: str) -> list[Case]:
+    label = "{}(pairs), its gradient in the logits".format
+    return [Case(label(x), slope, (x, seed)) for x in names.split()]
 
 
 QUESTIONS = {
-    "Q1": Question("The optimum", 20, "bandit_toy.py", "optimal_policy objective regret", optimum),
-    "Q2": Question("What a loss may use", 25, "bandit_toy.py", "PairBatch", attributes),
-    "Q3": Question("The loss of CoPG", 15, "bandit_toy.py", "copg_loss", losses("copg_loss")),
-    "Q4": Question("Its rivals", 20, "bandit_toy.py", RIVALS, losses(RIVALS)),
-    "Q5": Question("Collecting the data", 10, "bandit_toy.py", "collect data_set", data),
+    "Q1": Question("bandit_toy.py", "optimal_policy objective regret", optimum),
+    "Q2": Question("bandit_toy.py", "PairBatch.__init__", attributes),
+    "Q3": Question("bandit_toy.py", "copg_loss", partial(losses, names="copg_loss")),
+    "Q4": Question("bandit_toy.py", RIVALS, partial(losses, names=RIVALS)),
 }

@@ -29,33 +29,29 @@ def draws(seed: int) -> list[Case]:
 
     def shares(module, temperature):
         tokens, _ = module.draw(logits.repeat(20_000, 1), temperature)
-        return [(tokens == i).double().mean().item() for i in range(6)]
+        return [(tokens == i).double().mean() for i in range(6)]
 
     def logprobs(module, temperature):
-        tokens, logprobs = module.draw(logits.repeat(2000, 1), temperature)
-        found = dict(zip(tokens.tolist(), logprobs.tolist(), strict=True))
-        frequent = ((logits[0] / temperature).softmax(-1) > 0.01).nonzero().flatten().tolist()
-        return {token: found.get(token) for token in frequent}
+        tokens, found = module.draw(logits.repeat(2000, 1), temperature)
+        frequent = (logits[0] / temperature).softmax(-1) > 0.01  # others may not be drawn
+        return torch.zeros(6).scatter(0, tokens, found.float())[frequent]
 
     cases = [Case("positions of left-padded rows, where the mask is True", numbered)]
     cases.append(Case("draw at temperature 0: tokens and log-probs", greedy))
     for t in (1.0, 0.5, 1.7):
-        label = f"draw at temperature {t}: "
-        cases.append(Case(f"{label}shares of 20,000 tokens", lambda m, t=t: shares(m, t), 0.04))
-        cases.append(Case(f"{label}log-probs of frequent tokens", lambda m, t=t: logprobs(m, t)))
+        cases.append(Case(f"draw at temperature {t}: shares of the tokens", shares, (t,), 0.04))
+        cases.append(Case(f"draw at temperature {t}: log-probs", logprobs, (t,)))
     return cases
 
 
-def naive_logprobs(model, rollout, temperature: float) -> torch.Tensor:
-    """The full log-softmax, one unpadded row at a time."""
-    out = torch.zeros(rollout.completion_mask.shape)
-    for i in range(len(rollout.texts)):
-        prompt = rollout.prompt_ids[i][rollout.prompt_mask[i].bool()]
-        completion = rollout.completion_ids[i][rollout.completion_mask[i].bool()]
-        logits = model(torch.cat([prompt, completion])[None]).logits[0].float() / temperature
-        logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-        out[i, : len(completion)] = logprobs.gather(1, completion[:, None])[:, 0]
-    return out
+def exact_logprobs(model, r: Rollout, temperature: float) -> torch.Tensor:
+    """The log-probs of a rollout's tokens, from all logits at once."""
+    ids = torch.cat([r.prompt_ids, r.completion_ids], 1)
+    mask = torch.cat([r.prompt_mask, r.completion_mask], 1).long()
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=mask, position_ids=places).logits / temperature
+    logprobs = logits[:, r.prompt_ids.shape[1] - 1 : -1].log_softmax(-1)
+    return logprobs.gather(2, r.completion_ids[..., None])[..., 0] * r.completion_mask
 
 
 def samples(seed: int) -> list[Case]:
@@ -64,38 +60,39 @@ def samples(seed: int) -> list[Case]:
         rows = zip(rollout.completion_ids, rollout.completion_mask.bool(), strict=True)
         return [ids[mask].tolist() for ids, mask in rows]
 
-    def checks(module, part):
+    @functools.cache
+    def facts(module):
         torch.manual_seed(seed)
         model, tokenizer = loaded()
         r = module.sample(model, tokenizer, PROMPTS, 8, 12, temperature=0.8)
         mask, ids = r.completion_mask.bool(), r.completion_ids
-        lengths, behind = mask.sum(1), ~mask
-        stops = torch.isin(ids, STOP_IDS) & mask
+        lengths, stops = mask.sum(1), torch.isin(ids, STOP_IDS) & mask
         ended = stops.gather(1, lengths[:, None] - 1)[:, 0]
-        if part == "log-probs":
-            exact = naive_logprobs(model, r, 0.8)
-            return {"those of a full forward pass": torch.allclose(r.logprobs, exact, atol=1e-3)}
-        if part == "the EOS":
-            one = {"one at most, the last token": torch.equal(stops.sum(1), ended.long())}
-            return one | {"none where truncated": torch.equal(ended, ~r.truncated)}
-        if part == "padding":
-            zero = {"all 0": all(bool((x[behind] == 0).all()) for x in (ids, r.logprobs))}
-            zero |= {"behind the tokens": bool((mask[:, 1:] <= mask[:, :-1]).all())}
-            zero |= {"truncated rows are full": bool((lengths[r.truncated] == 12).all())}
-            return zero | {"no empty column": ids.shape[1] == int(lengths.max())}
         rows = zip(ids, lengths - ended.long(), strict=True)
-        texts = tokenizer.batch_decode([x[:n] for x, n in rows])
-        prompts = zip(r.prompt_ids, r.prompt_mask.bool(), strict=True)
-        prompts = [tokenizer.decode(ids[mask]) for ids, mask in prompts]
-        in_order = prompts == [p for p in PROMPTS for _ in range(8)]
-        return {"texts without the EOS": r.texts == texts, "rows of a prompt adjacent": in_order}
+        texts = tokenizer.batch_decode([row[:n] for row, n in rows])
+        rows = zip(r.prompt_ids, r.prompt_mask.bool(), strict=True)
+        prompts = [tokenizer.decode(row[m]) for row, m in rows]
+        in_order = [prompt for prompt in PROMPTS for _ in range(8)]
+        exact = exact_logprobs(model, r, 0.8)
+        return {
+            "log-probs": {"of a full forward pass": torch.allclose(r.logprobs, exact, atol=1e-3)},
+            "the EOS": {
+                "one at most, the last token": torch.equal(stops.sum(1), ended.long()),
+                "none where truncated": torch.equal(ended, ~r.truncated),
+            },
+            "padding": {
+                "behind the tokens": bool((mask[:, 1:] <= mask[:, :-1]).all()),
+                "all 0": not ids[~mask].any() and not r.logprobs[~mask].any(),
+                "no empty column": ids.shape[1] == int(lengths.max()),
+                "none in truncated rows": bool((lengths[r.truncated] == 12).all()),
+            },
+            "texts": {"without the EOS": r.texts == texts, "adjacent": prompts == in_order},
+        }
 
-    cases = [Case("sample(temperature=0), the tokens of 4 x 2 completions", greedy, part="greedy")]
-    label, parts = (
-        "sample(temperature=0.8): ",
-        ("log-probs", "the EOS", "padding", "texts and rows"),
-    )
-    return cases + [Case(label + x, lambda m, x=x: checks(m, x), part=x) for x in parts]
+    label = "sample(temperature=0.8): {}".format
+    parts = ("log-probs", "the EOS", "padding", "texts")
+    cases = [Case(label(x), lambda m, x=x: facts(m)[x], part=x) for x in parts]
+    return [Case("sample(temperature=0), the tokens of 4 x 2 completions", greedy), *cases]
 
 
 def rollout_by_hand(seed: int) -> Rollout:
@@ -118,11 +115,11 @@ def logprobs(seed: int) -> list[Case]:
         values = module.completion_logprobs(model, rollout_by_hand(seed), temperature)
         weights = torch.linspace(-1, 1, values.numel()).view(values.shape)
         slopes = torch.autograd.grad((values * weights).sum(), list(model.parameters()))
-        norms = [slope.norm().item() for slope in slopes]
-        return {"logprobs": values.detach(), "gradient norms": norms, "dtype": str(values.dtype)}
+        norms = [slope.norm() for slope in slopes]
+        return {"logprobs": values, "gradient norms": norms, "dtype": str(values.dtype)}
 
     label = "completion_logprobs at {}".format
-    return [Case(label(t), lambda m, t=t: scored(m, t), 1e-3, label(t)) for t in (1.0, 0.6)]
+    return [Case(label(t), scored, (t,), 1e-3, label(t)) for t in (1.0, 0.6)]
 
 
 def batches(seed: int) -> list[Case]:
@@ -141,13 +138,13 @@ def batches(seed: int) -> list[Case]:
 
     sizes = [(20, 1), (30, 1), (5, 1), (40, 2), (36, 3)]
     label = "micro_batches(rollout, {}, block={})".format
-    return [Case(label(*x), lambda m, x=x: properties(m, *x)) for x in sizes]
+    return [Case(label(*x), properties, x) for x in sizes]
 
 
 SCORE = "completion_logprobs predicting_states"
 QUESTIONS = {
-    "Q1": Question("Positions, and drawing", 20, "common.py", "positions draw", draws),
-    "Q2": Question("The sampler", 30, "common.py", "sample", samples),
-    "Q3": Question("Log-probabilities", 30, "common.py", SCORE, logprobs),
-    "Q4": Question("Micro-batches", 10, "common.py", "micro_batches", batches),
+    "Q1": Question("common.py", "positions draw", draws),
+    "Q2": Question("common.py", "sample", samples),
+    "Q3": Question("common.py", SCORE, logprobs),
+    "Q4": Question("common.py", "micro_batches", batches),
 }

@@ -4,7 +4,7 @@ import math
 
 import torch
 from probe import Case, Question, call, gradient
-from training import rewards_of, sampling_cases, train_case
+from training import rewards_of, sampling_case, stop_case, train_case, trained
 
 
 def advantages(seed: int) -> list[Case]:
@@ -41,14 +41,13 @@ def groups(seed: int) -> list[Case]:
     def run(module, pattern):
         return sorted(torch.as_tensor(module.fill_batch(torch.tensor(pattern).bool(), 3)).tolist())
 
-    label = "fill_batch({}, B=3), in any order".format
-    return [Case(label(x), lambda m, x=x: run(m, x)) for x in patterns]
+    return [Case(f"fill_batch({x}, B=3), in any order", run, (x,)) for x in patterns]
 
 
 def sampling(seed: int) -> list[Case]:
     flags = [f"--beta-th {x} --max-rounds 4" for x in (0.5, 0.7, 0.75, 0.9)]
-    flags += ["--beta-th 1 --max-rounds 1", "--beta-th 0 --temperature 0.3"]
-    return sampling_cases(["--beta-th 0", *flags], seed)
+    flags += ["--beta-th 1 --max-rounds 1", "--beta-th 0 --temperature 0.3", "--beta-th 0"]
+    return [sampling_case(x, seed) for x in flags]
 
 
 def batch(seed: int) -> list[Case]:
@@ -57,44 +56,41 @@ def batch(seed: int) -> list[Case]:
 
     more = "--beta-th 0.9 --max-rounds 3"
     flags = ["--beta-th 0", "--beta-th 0 --no-alpha", more, f"{more} --mask-truncated"]
-    flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
-    return [train_case(x, values, until="choose_batch") for x in flags]
+    return [stop_case("choose_batch", x, seed, values) for x in flags]
 
 
 def update(seed: int) -> list[Case]:
-    flags = ["", "--micro-batch-tokens 40", "--f-norm std --temperature 0.7", "--clip-grad 0.01"]
-    flags += ["--mask-truncated"]
-    columns = ["loss", "grad_norm", "lr", "weights"]
-    cases = [train_case(f"{x} --steps 2 --seed {seed}", columns) for x in flags]
-    dead = train_case(f"--steps 2 --seed {seed}", [*columns, "warned"], task="AllDead-v0")
-
     def stops(module):
-        given = {"gpg_loss": lambda logprobs, *args, **kwargs: logprobs.sum() * math.nan}
-        try:
-            train_case(f"--steps 1 --seed {seed}", ["loss"], given=given).run(module)
-        except RuntimeError as error:
-            if "total norm" not in str(error):  # `sample` stops at NaNs, too
-                raise
-            return "stopped by clip_grad_norm_"
+        def is_nan(logprobs, *args, **kwargs):
+            return logprobs.sum() * math.nan
 
-    label = "train with a loss that is NaN"
-    return [*cases, dead, Case(label, stops, part=label)]
+        try:
+            trained(module, f"--steps 1 --seed {seed}", gpg_loss=is_nan)
+        except RuntimeError as error:
+            return "total norm" in str(error)  # `sample` stops at NaNs, too
+
+    flags = ["", "--micro-batch-tokens 40", "--f-norm std --temperature 0.7", "--clip-grad 0.01"]
+    columns = ["loss", "grad_norm", "lr"]
+    cases = [train_case(x, seed, columns) for x in [*flags, "--mask-truncated"]]
+    cases.append(train_case("", seed, columns, "all-dead"))
+    label = "clip_grad_norm_ stops a training whose loss is NaN"
+    return [*cases, Case(label, stops, part=label)]
 
 
 ROUNDS = "prompts, rollouts, rollout, rewards, valid"
 BATCH = "alpha, lengths, total_tokens"
-TRAIN = {  # paragraphs of train that the handout makes functions
-    1: f"sample_groups(model, tokenizer, task, run, args) -> {ROUNDS}",
-    2: f"choose_batch(rollout, rewards, valid, args) -> {BATCH}",
-    3: f"update(step, model, optimizer, run, rollout, rewards, valid, {BATCH}, args)"
+TRAIN = [  # the paragraphs of train that the handout makes functions
+    f"sample_groups(model, tokenizer, task, run, B, G, args) -> {ROUNDS}",
+    f"choose_batch(rollout, rewards, valid, B, G, args) -> {BATCH}",
+    f"update(step, model, optimizer, run, rollout, rewards, valid, {BATCH}, G, args)"
     " -> loss, grad_norm, lr",
-}
+]
 QUESTIONS = {
-    "Q1": Question("Advantages", 15, "gpg.py", "is_valid group_advantages", advantages),
-    "Q2": Question("Alpha", 10, "gpg.py", "gradient_scale", alpha),
-    "Q3": Question("The loss", 15, "gpg.py", "gpg_loss", loss),
-    "Q4": Question("The groups of the batch", 10, "gpg.py", "fill_batch", groups),
-    "Q5": Question("Training: sampling", 10, "gpg.py", "sample_groups", sampling),
-    "Q6": Question("Training: the batch", 10, "gpg.py", "choose_batch", batch),
-    "Q7": Question("Training: the update", 15, "gpg.py", "update", update),
+    "Q1": Question("gpg.py", "is_valid group_advantages", advantages),
+    "Q2": Question("gpg.py", "gradient_scale", alpha),
+    "Q3": Question("gpg.py", "gpg_loss", loss),
+    "Q4": Question("gpg.py", "fill_batch", groups),
+    "Q5": Question("gpg.py", "sample_groups", sampling),
+    "Q6": Question("gpg.py", "choose_batch", batch),
+    "Q7": Question("gpg.py", "update", update),
 }

@@ -2,7 +2,7 @@
 
 import torch
 from probe import Case, Question, call, gradient
-from training import rewards_of, sampling_cases, train_case
+from training import rewards_of, sampling_case, stop_case, train_case
 
 
 def advantages(seed: int) -> list[Case]:
@@ -12,9 +12,9 @@ def advantages(seed: int) -> list[Case]:
 
 def kl(seed: int) -> list[Case]:
     generator = torch.Generator().manual_seed(seed)
-    policy = -torch.rand(2, 3, generator=generator, dtype=torch.float64) * 3
-    near = policy + 1e-5 * torch.rand(2, 3, generator=generator, dtype=torch.float64)
-    far = policy + torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    policy = -torch.rand(4, 8, generator=generator, dtype=torch.float64) * 3
+    near = policy + 1e-5 * torch.rand(4, 8, generator=generator, dtype=torch.float64)
+    far = policy + torch.randn(4, 8, generator=generator, dtype=torch.float64)
     single = [(policy.float(), (policy + 1e-3).float()), (policy.float(), far.float())]
     pairs = [(policy, near), (policy, far), *single]
     return [gradient("kl_k3", *pair, tolerance=1e-3) for pair in pairs]
@@ -54,17 +54,14 @@ def clips(seed: int) -> list[Case]:
             "shuffled": order[0] != list(range(N)),
         }
 
-    for N, mu, n in ((40, 1, 4), (41, 3, 6), (30, 2, 1)):
-        cases.append(Case(f"minibatches({N}, {mu}, {n})", lambda m, a=(N, mu, n): passes(m, *a)))
-    return cases
+    sizes = (40, 1, 4), (41, 3, 6), (30, 2, 1)
+    return cases + [Case(f"minibatches{x}", passes, x) for x in sizes]
 
 
 def sampling(seed: int) -> list[Case]:
-    dynamic = ["--dynamic-sampling --max-rounds 3"]
-    cases = sampling_cases(["", *dynamic, "--dynamic-sampling --max-rounds 8"], seed)
-    return cases + [
-        x for t in ("FewDead", "AllDead") for x in sampling_cases(dynamic, seed, f"{t}-v0")
-    ]
+    dynamic = "--dynamic-sampling --max-rounds"
+    cases = [sampling_case(x, seed) for x in ("", f"{dynamic} 3", f"{dynamic} 8")]
+    return cases + [sampling_case(f"{dynamic} 3", seed, task) for task in ("few-dead", "all-dead")]
 
 
 def batch(seed: int) -> list[Case]:
@@ -76,40 +73,36 @@ def batch(seed: int) -> list[Case]:
 
     flags = ["", "--kl-beta 0", "--dynamic-sampling --max-rounds 3", "--scale none"]
     flags += ["--temperature 0.7", "--mask-truncated"]
-    flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
-    return [train_case(x, values, until="choose_batch") for x in flags]
-
-
-def strided(N: int, mu: int, n_minibatches: int) -> list:
-    """Minibatches without chance, so that the updates do not depend on how a student shuffles."""
-    return [torch.arange(k, N, n_minibatches) for _ in range(mu) for k in range(n_minibatches)]
+    return [stop_case("choose_batch", x, seed, values) for x in flags]
 
 
 def updates(seed: int) -> list[Case]:
+    def strided(N, mu, n_minibatches):
+        """Without chance, so that the updates do not depend on how a student shuffles."""
+        return [torch.arange(k, N, n_minibatches) for _ in range(mu) for k in range(n_minibatches)]
+
     several = "--updates-per-batch 2 --minibatches 3"
     flags = [several, f"{several} --micro-batch-tokens 40 --kl-beta 0", f"{several} --variant dapo"]
     flags += [f"{several} --variant dr_grpo --micro-batch-tokens 40"]
-    columns = ["loss", "grad_norm", "clip_share", "ratio_min", "ratio_max", "kl", "weights"]
-    given = {"minibatches": strided}
-    cases = [train_case(f"{x} --steps 2 --seed {seed}", columns, given=given) for x in flags]
-    dead = f"--kl-beta 0 --steps 2 --seed {seed}"
-    return [*cases, train_case(dead, columns, "AllDead-v0", given=given)]
+    columns = ["loss", "grad_norm", "clip_share", "ratio_min", "ratio_max", "kl"]
+    cases = [train_case(x, seed, columns, minibatches=strided) for x in flags]
+    return [*cases, train_case("--kl-beta 0", seed, columns, "all-dead", minibatches=strided)]
 
 
 ROUNDS = "prompts, rollouts, rollout, rewards, valid"
 BATCH = "chosen, batch, A, ref_logprobs"
-TRAIN = {  # paragraphs of train that the handout makes functions
-    1: f"sample_groups(model, tokenizer, task, run, args) -> {ROUNDS}",
-    2: f"choose_batch(model, ref_model, rollout, rewards, valid, args) -> {BATCH}",
-    3: f"update(step, model, optimizer, ref_model, {BATCH}, args)"
+TRAIN = [  # the paragraphs of train that the handout makes functions
+    f"sample_groups(model, tokenizer, task, run, B, G, args) -> {ROUNDS}",
+    f"choose_batch(model, ref_model, rollout, rewards, valid, B, G, args) -> {BATCH}",
+    f"update(step, model, optimizer, ref_model, {BATCH}, args)"
     " -> losses, grad_norms, last_logprobs, lr",
-}
+]
 QUESTIONS = {
-    "Q1": Question("Advantages", 10, "grpo.py", "group_advantages", advantages),
-    "Q2": Question("The estimate of the KL", 15, "grpo.py", "kl_k3", kl),
-    "Q3": Question("The loss", 20, "grpo.py", "grpo_loss", loss),
-    "Q4": Question("Clips and minibatches", 10, "grpo.py", "is_clipped minibatches", clips),
-    "Q5": Question("Training: sampling", 10, "grpo.py", "sample_groups", sampling),
-    "Q6": Question("Training: the batch", 10, "grpo.py", "choose_batch", batch),
-    "Q7": Question("Training: the updates", 10, "grpo.py", "update", updates),
+    "Q1": Question("grpo.py", "group_advantages", advantages),
+    "Q2": Question("grpo.py", "kl_k3", kl),
+    "Q3": Question("grpo.py", "grpo_loss", loss),
+    "Q4": Question("grpo.py", "is_clipped minibatches", clips),
+    "Q5": Question("grpo.py", "sample_groups", sampling),
+    "Q6": Question("grpo.py", "choose_batch", batch),
+    "Q7": Question("grpo.py", "update", updates),
 }

@@ -35,22 +35,22 @@ def reward_model(seed: int) -> list[Case]:
 
 
 def utility(seed: int) -> list[Case]:
+    def reward(module, *texts):
+        return module.Posts().reward(*texts)
+
     task, cases = Posts(), []
     for index in range(seed, seed + 4):
         answer = task.problem(index)[1]
         facts = answer.split(" ; ")
         texts = ["", answer, facts[0], " ; ".join([*facts[:2], facts[0]]), "thanks for reading"]
         texts += [f"{facts[1]} ; my boss lost my bike", task.write(index, 1), task.write(index, 2)]
-        cases += [
-            Case(f"Posts().reward{x, answer}", lambda m, x=x, a=answer: m.Posts().reward(x, a))
-            for x in texts
-        ]
+        cases += [Case(f"Posts().reward{x, answer}", reward, (x, answer)) for x in texts]
     return cases
 
 
 QUESTIONS = {
-    "Q1": Question("The loss of CoPG", 25, "copg.py", "copg_loss", copg),
-    "Q2": Question("IPO and DPO", 20, "copg.py", "ipo_loss dpo_loss policy_loss", preferences),
-    "Q3": Question("A reward model's loss", 10, "copg.py", "bradley_terry_loss", reward_model),
-    "Q4": Question("The utility", 15, "tasks/posts.py", "Posts.reward", utility),
+    "Q1": Question("copg.py", "copg_loss", copg),
+    "Q2": Question("copg.py", "ipo_loss dpo_loss policy_loss", preferences),
+    "Q3": Question("copg.py", "bradley_terry_loss", reward_model),
+    "Q4": Question("tasks/posts.py", "Posts.reward", utility),
 }

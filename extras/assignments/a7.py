@@ -25,7 +25,7 @@ def training(seed: int) -> list[Case]:
 
 
 QUESTIONS = {
-    "Q1": Question("The first bug", 15, "gpg.py", "gradient_scale", a3.alpha),
-    "Q2": Question("The second bug", 15, "gpg.py", "gpg_loss", a3.loss),
-    "Q3": Question("The third bug", 15, "gpg.py", "train", training),
+    "Q1": Question("gpg.py", "gradient_scale", a3.alpha),
+    "Q2": Question("gpg.py", "gpg_loss", a3.loss),
+    "Q3": Question("gpg.py", "train", training),
 }

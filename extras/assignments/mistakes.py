@@ -1,6 +1,6 @@
 """Known mistakes, which are not handed out."""
 
-MISTAKES = [  # assignment and question, name, right text, wrong text, hint
+MISTAKES = [  # questions, name, right text, wrong text, hint
     ('A0 Q1', 'baseline missing', 'return pi * (rewards - (pi * rewards).sum())', 'return pi * rewards', 'The derivative of the softmax subtracts the mean of R under pi.'),
     ('A0 Q1', 'mean without pi', '(pi * rewards).sum())', 'rewards.mean())', 'E_pi[R] is the mean over the policy.'),
     ('A0 Q2', 'sign', 'return -((rewards', 'return ((rewards', 'A loss is minimised: minus the reward times ln pi.'),
@@ -32,8 +32,6 @@ MISTAKES = [  # assignment and question, name, right text, wrong text, hint
     ('A1 Q4', 'IPO regresses to 1', 'return (0.5 - p.beta * p.margin) ** 2', 'return (1 - p.beta * p.margin) ** 2', 'IPO regresses beta times the margin to 1/2.'),
     ('A1 Q4', 'one weight for both arms', 'p.w_ * (p.rb_', 'p.w * (p.rb_', 'Each arm has an importance weight of its own.'),
     ('A1 Q4', 'sign of pg', 'return -(p.rb * p.logp + p.rb_ * p.logp_)', 'return p.rb * p.logp + p.rb_ * p.logp_', 'A loss is minimised: minus the reward times ln pi.'),
-    ('A1 Q5', 'both arms from mu1', 'collect(MU[1], n_pairs, rng, env)', 'collect(MU[0], n_pairs, rng, env)', 'y_ is drawn from mu2.'),
-    ('A1 Q5', 'preferences reversed', 'np.exp(r_ - r)', 'np.exp(r - r_)', 'The probability that y wins is the sigmoid of R(y) - R(y_).'),
     ('A2 Q1', 'temperature multiplied', 'logits.float() / (temperature or 1.0)', 'logits.float() * (temperature or 1.0)', 'Divide the logits by the temperature.'),
     ('A2 Q1', 'log-prob at temperature 1', 'return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)', 'return tokens.squeeze(1), logits.float().log_softmax(-1).gather(1, tokens).squeeze(1)', 'The log-prob is that of the distribution you sampled from.'),
     ('A2 Q1', 'always greedy', 'if temperature == 0:', 'if True:', 'Sample, unless the temperature is 0.'),
@@ -45,8 +43,8 @@ MISTAKES = [  # assignment and question, name, right text, wrong text, hint
     ('A2 Q4', 'budget by the sum of lengths', '(len(batches[-1]) + block) * lengths[i] > max_tokens', 'sum(lengths[k // block] for k in batches[-1]) + lengths[i] > max_tokens', 'Padding counts: rows times the longest row.'),
     ('A2 Q4', 'blocks torn apart', 'batches[-1] += range(i * block, (i + 1) * block)', 'batches[-1] += [i + k * len(lengths) for k in range(block)]', 'Adjacent rows stay together.'),
     ('A3 Q1', 'leave-one-out baseline', 'centred = rewards - rewards.mean(1, keepdim=True)', 'centred = (rewards - rewards.mean(1, keepdim=True)) * rewards.shape[1] / (rewards.shape[1] - 1)', 'The mean of eq. 6 includes the sample itself.'),
-    ('A3 Q1', 'population std', 'rewards.std(1, keepdim=True)', 'rewards.std(1, keepdim=True, correction=0)', 'Divide by G - 1 in the std, which torch does by default.'),
-    ('A3 Q1', 'no 1e-4', '+ 1e-4', '+ 0', 'Add 1e-4 to the std.'),
+    ('A3 Q1, A4 Q1', 'population std', 'rewards.std(1, keepdim=True)', 'rewards.std(1, keepdim=True, correction=0)', 'Divide by G - 1 in the std, which torch does by default.'),
+    ('A3 Q1, A4 Q1', 'no 1e-4', '+ 1e-4', '+ 1e-12', 'Add 1e-4 to the std.'),
     ('A3 Q1', 'mean of the batch', 'rewards.mean(1, keepdim=True)', 'rewards.mean()', 'Compare a reward with the mean of its own group, not of the batch.'),
     ('A3 Q1', 'validity by non-zero rewards', 'return rewards.amax(1) != rewards.amin(1)', 'return (rewards != 0).any(1)', 'A group is dead if its rewards are equal, not if they are 0.'),
     ('A3 Q1', 'validity by positive rewards', 'return rewards.amax(1) != rewards.amin(1)', 'return (rewards > 0).any(1) & (rewards <= 0).any(1)', 'A group is dead if its rewards are equal; their sign does not matter.'),
@@ -78,19 +76,17 @@ MISTAKES = [  # assignment and question, name, right text, wrong text, hint
     ('A3 Q6', '--no-alpha ignored', 'alpha = 1.0 if args.no_alpha else gradient_scale', 'alpha = gradient_scale', 'With --no-alpha, alpha is 1.'),
     ('A3 Q6', 'tokens of valid groups', 'lengths.view(-1, G)[groups].sum()', 'lengths.view(-1, G)[valid].sum()', 'The tokens of dead groups in the batch count, too.'),
     ('A3 Q6', 'tokens of all rounds', 'lengths.view(-1, G)[groups].sum()', 'lengths.sum()', 'Only the tokens of the groups in the batch count.'),
-    ('A3 Q7', 'gradients not cleared', '            optimizer.zero_grad()\n', '', 'Each step adds the gradients of all earlier ones: clear them.'),
+    ('A3 Q7, A4 Q7', 'gradients not cleared', '            optimizer.zero_grad()\n', '', 'Each step adds the gradients of all earlier ones: clear them.'),
     ('A3 Q7', 'temperature ignored', 'completion_logprobs(model, mb, args.temperature)', 'completion_logprobs(model, mb)', 'Score at the temperature at which you sampled.'),
     ('A3 Q7', 'advantages of the first rows', 'A[rows], mb.completion_mask', 'A[: len(rows)], mb.completion_mask', 'A micro-batch has rows of its own: take their advantages.'),
     ('A3 Q7', '--f-norm ignored', 'group_advantages(rewards, args.f_norm)', 'group_advantages(rewards)', '--f-norm chooses how advantages are scaled.'),
-    ('A3 Q7', 'only the first micro-batch', 'loss += mb_loss.item()', 'loss += mb_loss.item()\n                break', 'Every micro-batch has to be trained on.'),
+    ('A3 Q7, A4 Q7', 'only the first micro-batch', 'loss += mb_loss.item()', 'loss += mb_loss.item()\n                break', 'Every micro-batch has to be trained on.'),
     ('A3 Q7', 'divided by the number of micro-batches', 'mb_loss.backward()', '(mb_loss / len(micro_batches(live, args.micro_batch_tokens))).backward()', 'total_tokens already makes the losses of micro-batches add up.'),
     ('A3 Q7', 'the norm is not clipped', 'model.parameters(), args.clip_grad,', 'model.parameters(), float("inf"),', 'Clip the norm of the gradient to --clip-grad.'),
     ('A3 Q7', 'no warning', 'run.warn("all groups are dead (equal rewards): nothing to learn; step skipped")', 'pass', 'If no row is left, call run.warn("all groups are dead").'),
     ('A3 Q7', 'gradients that are not finite', ', error_if_nonfinite=True)', ')', 'Call clip_grad_norm_ with error_if_nonfinite=True: NaN must not reach the weights.'),
     ('A4 Q1', 'rounding in dead groups', 'centred = centred * is_valid(rewards)[:, None]', 'centred = centred * 1.0', 'Equal rewards must give exactly 0, whatever rounding leaves.'),
-    ('A4 Q1', 'population std', 'rewards.std(1, keepdim=True)', 'rewards.std(1, keepdim=True, correction=0)', 'Divide by G - 1 in the std, which torch does by default.'),
     ('A4 Q1', 'std for none', 'if scale == "std" else centred', 'if scale else centred', 'scale="none" only centres the rewards.'),
-    ('A4 Q1', 'no 1e-4', '+ 1e-4', '+ 1e-12', 'Add 1e-4 to the std.'),
     ('A4 Q2', 'ratio reversed', 'log_ratio = ref_logprobs - logprobs', 'log_ratio = logprobs - ref_logprobs', 'The ratio is pi_ref / pi.'),
     ('A4 Q2', 'k1', 'return log_ratio.expm1() - log_ratio', 'return -log_ratio', 'That is k1, the log-ratio alone; eq. 4 is k3.'),
     ('A4 Q2', 'k2', 'return log_ratio.expm1() - log_ratio', 'return log_ratio**2 / 2', 'That is k2, half of the squared log-ratio; eq. 4 is k3.'),
@@ -113,8 +109,6 @@ MISTAKES = [  # assignment and question, name, right text, wrong text, hint
     ('A4 Q6', 'rows of the first groups', 'chosen = (groups[:, None] * G + torch.arange(G)).flatten()', 'chosen = torch.arange(len(groups) * G)', 'Take the rows of the chosen groups.'),
     ('A4 Q6', 'advantages of the first groups', '.flatten()[chosen]', '.flatten()[: len(chosen)]', 'Take the advantages of the chosen rows.'),
     ('A4 Q6', '--scale ignored', 'group_advantages(rewards, args.scale)', 'group_advantages(rewards)', '--scale chooses how advantages are scaled.'),
-    ('A4 Q7', 'gradients not cleared', '            optimizer.zero_grad()\n', '', 'Each update adds the gradients of all earlier ones: clear them.'),
-    ('A4 Q7', 'only the first micro-batch', 'loss += mb_loss.item()', 'loss += mb_loss.item()\n                break', 'Every micro-batch has to be trained on.'),
     ('A4 Q7', 'divided by the number of micro-batches', 'mb_loss.backward()', '(mb_loss / len(micro_batches(batch.select(index), args.micro_batch_tokens))).backward()', 'total already makes the losses of micro-batches add up.'),
     ('A4 Q7', 'dead rows out of the total', 'mask = batch.completion_mask[index]', 'mask = batch.completion_mask[index[A[index] != 0]]', 'Dead rows count in the total.'),
     ('A4 Q7', 'old log-probs are the current ones', 'mb.logprobs,\n                    A[rows]', 'logprobs.detach(),\n                    A[rows]', 'The ratio is to the policy that sampled, also in the second update.'),
@@ -136,4 +130,4 @@ MISTAKES = [  # assignment and question, name, right text, wrong text, hint
 
 def known_in(question: str) -> dict[str, tuple[str, str, str]]:
     """ "A3 Q1" -> {name: (right text, wrong text, hint)}."""
-    return {row[1]: row[2:] for row in MISTAKES if row[0] == question}
+    return {row[1]: row[2:] for row in MISTAKES if question in row[0]}

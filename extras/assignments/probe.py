@@ -15,12 +15,14 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 MEMORY = 8 * 2**30  # bytes of address space
@@ -29,18 +31,21 @@ torch.set_num_threads(1)  # the tensors are small
 
 @dataclass
 class Case:
-    """One call and what it should show: `run(module)` returns tensors, numbers, texts or dicts."""
+    """One call: `run(module, *args)` returns tensors, numbers, texts or dicts of them."""
 
-    label: str
+    label: str  # begins with the name of the function
     run: Callable
+    args: tuple = ()
     tolerance: float = 1e-4  # relative to the largest number of the expected value
-    part: str = ""  # what has a share of the points; default: the label up to "(" or a space
+    part: str = ""  # what has a share of the points; default: the function
+
+    def __post_init__(self):
+        self.function = re.split(r"[(, ]", self.label)[0]
+        self.part = self.part or self.function
 
 
 @dataclass
 class Question:
-    title: str
-    points: int
     file: str
     names: str  # the functions and classes that the student writes
     cases: Callable  # seed -> list of cases
@@ -55,9 +60,9 @@ def call(name: str, *args, **kwargs) -> Case:
     """name(*args, **kwargs), which must not change its arguments."""
 
     def run(module):
-        mine, more = copy.deepcopy(args), copy.deepcopy(kwargs)
+        mine, more = copy.deepcopy((args, kwargs))
         value = getattr(module, name)(*mine, **more)
-        if plain(mine) != plain(args) or plain(more) != plain(kwargs):
+        if plain([mine, more]) != plain([args, kwargs]):
             raise ValueError("your function changes its arguments")
         return value
 
@@ -68,15 +73,16 @@ def gradient(name: str, *args, wrt: int = 0, tolerance: float = 1e-4, **kwargs) 
     """The value of name(*args, **kwargs) and its gradient with respect to argument number `wrt`."""
 
     def run(module):
-        mine = [copy.deepcopy(x) for x in args]
-        mine[wrt] = mine[wrt].detach().clone().requires_grad_()
-        value = getattr(module, name)(*mine, **copy.deepcopy(kwargs))
+        mine, more = copy.deepcopy((args, kwargs))
+        mine[wrt].requires_grad_()
+        value = getattr(module, name)(*mine, **more)
         if not value.requires_grad:
             raise ValueError("what your function returns has no gradient")
-        slope = torch.autograd.grad(value.sum(), mine[wrt])[0]
+        (slope,) = torch.autograd.grad(value.sum(), mine[wrt])
         return {"value": value.detach(), "gradient": slope, "dtype": str(value.dtype)}
 
-    return Case(f"{shown(name, args, kwargs)}, with its gradient", run, tolerance)
+    label = f"{shown(name, args, kwargs)}, with its gradient"
+    return Case(label, run, tolerance=tolerance)
 
 
 def brief(x) -> str:
@@ -85,25 +91,14 @@ def brief(x) -> str:
     if isinstance(x, dict):
         return ", ".join(f"{key} {brief(value)}" for key, value in x.items())
     if isinstance(x, list):
-        long = len(x) > 16 and isinstance(x[0], float)  # the weights of a model
-        more = [f"... ({len(x)} numbers)"] if long else []
-        return f"[{', '.join([*map(brief, x[:2] if long else x), *more])}]"
+        return f"[{', '.join(map(brief, x))}]"
     return f"{x:.5g}" if isinstance(x, float) else repr(x)
 
 
 def plain(value):
-    """Tensors and arrays as lists, so that JSON can hold them."""
-    if isinstance(value, dict):
-        return {str(key): plain(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(x) for x in value]
-    if isinstance(value, (bool, int, str)) or value is None:
-        return value
-    if hasattr(value, "detach"):
-        return plain(value.detach().cpu().tolist())
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    return float(value)
+    """As JSON holds it, tensors and arrays as lists."""
+    listed = json.dumps(value, default=lambda x: x.tolist() if hasattr(x, "tolist") else float(x))
+    return json.loads(listed)
 
 
 def same(a, b, tolerance: float) -> bool:
@@ -111,20 +106,19 @@ def same(a, b, tolerance: float) -> bool:
     if isinstance(b, dict):
         keys = isinstance(a, dict) and a.keys() == b.keys()
         return keys and all(same(a[key], b[key], tolerance) for key in b)
-    if isinstance(b, list):
-        if not isinstance(a, list) or len(a) != len(b):
-            return False
-        if not all(isinstance(x, (int, float)) for x in [*a, *b]):
-            return all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
-        scale = max((abs(y) for y in b if math.isfinite(y)), default=0.0)
-        return all(close(x, y, tolerance * max(scale, 1e-6)) for x, y in zip(a, b, strict=True))
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return close(a, b, tolerance * max(abs(b), 1e-6) if math.isfinite(b) else 0.0)
-    return a == b
+    try:
+        x, y = np.array(a, dtype=float), np.array(b, dtype=float)
+    except (TypeError, ValueError):  # texts, or rows of different lengths
+        return a == b
+    atol = tolerance * np.abs(y[np.isfinite(y)]).max(initial=1e-6)
+    return x.shape == y.shape and np.allclose(x, y, rtol=0, atol=atol, equal_nan=True)
 
 
-def close(x: float, y: float, atol: float) -> bool:
-    return x == y or (math.isnan(x) and math.isnan(y)) or abs(x - y) <= atol
+def agree(a: dict, b: dict, tolerance: float) -> bool:
+    """Are two outcomes the same value, or the same error?"""
+    if "error" in a or "error" in b:
+        return a.get("error") == b.get("error")
+    return same(a["value"], b["value"], tolerance)
 
 
 def difference(got: dict, right: dict, tolerance: float) -> str:
@@ -137,19 +131,22 @@ def difference(got: dict, right: dict, tolerance: float) -> str:
     return "  expected: {}\n  yours:    {}".format(*(x[:300] for x in texts))
 
 
-def prepared(questions: dict[str, Question], key: str, finished: Path, folder: Path):
-    """The module of a question in a folder, with finished functions for the other questions."""
-    file, modules = questions[key].file, []
-    for place in (folder, finished):  # a file of tasks/ may import its neighbours
-        name = file.removesuffix(".py").replace("/", ".") + f"_{len(modules)}"
-        spec = importlib.util.spec_from_file_location(name, place / file)
-        modules.append(importlib.util.module_from_spec(spec))
-        sys.modules[name] = modules[-1]
-        spec.loader.exec_module(modules[-1])
-    module, right = modules
-    for question in questions.values():
-        for name in set(question.names.split()) - set(questions[key].names.split()):
-            if question.file == file and "." not in name:
+def load(folder: Path, file: str):
+    """A file of a folder as a module; one of tasks/ may import its neighbours."""
+    name = file.removesuffix(".py").replace("/", ".") + f"_{folder.name}"
+    spec = importlib.util.spec_from_file_location(name, folder / file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepared(questions: dict[str, Question], key: str, folder: Path):
+    """The module of a question, with finished functions for the other questions."""
+    file = questions[key].file
+    module, right = load(folder, file), load(folder.with_name("finished"), file)
+    for other, question in questions.items():
+        if other != key and question.file == file:
+            for name in (name.split(".")[0] for name in question.names.split()):
                 setattr(module, name, vars(right)[name])
     return module
 
@@ -157,21 +154,21 @@ def prepared(questions: dict[str, Question], key: str, finished: Path, folder: P
 def outcome(case: Case, module) -> dict:
     torch.manual_seed(0)
     try:
-        return {"value": plain(case.run(module))}
+        return {"value": plain(case.run(module, *case.args))}
     except NotImplementedError as error:
         return {"error": f"not done yet ({error})"}
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def outcomes(assignment: str, key: str, seed: int, out: Path, finished: Path, folders: list[Path]):
+def outcomes(assignment: str, key: str, seed: int, folders: list[Path], out: Path) -> None:
     """Write what the cases of a question give with the module of each folder."""
     questions = importlib.import_module(assignment.lower()).QUESTIONS
     results = []
     for folder in folders:
         cases = questions[key].cases(seed)
         try:
-            module = prepared(questions, key, finished, folder)
+            module = prepared(questions, key, folder)
         except (Exception, SystemExit) as error:
             problem = f"your file cannot be imported: {type(error).__name__}: {error}"
             results.append([{"error": problem[:300]}] * len(cases))

@@ -66,8 +66,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     print("exact gradient", exact_gradient(torch.zeros(len(R)).double(), R).tolist())
     for name in BASELINES:
-        found, curves = estimates(name), torch.stack([train(name) for _ in range(20)])
-        mean, spread = (f"{x[0]:.4f}" for x in (found.mean(0), found.std(0)))
-        error = curves[:, -1].std().item() / len(curves) ** 0.5
-        print(f"{name:15} first component {mean}, standard deviation {spread}; ", end="")
-        print(f"J after {STEPS} steps {curves[:, -1].mean():.4f} ± {error:.4f}")
+        first = estimates(name)[:, 0]
+        ends = torch.stack([train(name)[-1] for _ in range(20)])
+        print(f"{name:15} first component {first.mean():.4f}, std {first.std():.4f}; ", end="")
+        print(f"J after {STEPS} steps {ends.mean():.4f} ± {ends.std() / 20**0.5:.4f}")

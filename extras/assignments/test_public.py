@@ -18,6 +18,5 @@ def test_question(key, i):
     module = importlib.import_module(QUESTIONS[key].file.removesuffix(".py").replace("/", "."))
     case, right = QUESTIONS[key].cases(0)[i], GIVEN["values"][key][i]
     got = probe.outcome(case, module)
-    if "error" in got or not probe.same(got["value"], right["value"], case.tolerance):
-        text = probe.difference(got, right, case.tolerance)
-        pytest.fail(f"{case.label}\n{text}", pytrace=False)
+    if not probe.agree(got, right, case.tolerance):
+        pytest.fail(f"{case.label}\n{probe.difference(got, right, case.tolerance)}", pytrace=False)

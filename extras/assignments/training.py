@@ -17,29 +17,28 @@ from tasks.tiny import tiny_tokenizer
 
 
 class Letters(TextTask):
-    """Rewards of 0, .5 or 1 by the first byte; some of every eight groups are dead."""
+    """Rewards that hardly ever agree; of the first four groups two are dead, of the next four one.
 
-    dead = 0, 3, 6  # of the first four groups two, of the next four one
+    Which groups are valid does not depend on chance: every seed tells the same mistakes apart.
+    """
+
+    def __init__(self, split: str = "train", dead=(0, 3, 6)):
+        super().__init__(split)
+        self.dead = dead
 
     def problem(self, index):
         return "abcdefgh"[: 1 + index % 8] + f" {index}", f"{index}"
 
     def reward(self, completion, answer):
-        first = completion.encode()[0] if completion else 0
-        same = (int(answer) % 8 != 3) / 10  # dead groups have .1 or 0
-        return same if int(answer) % 8 in self.dead else (first % 3) / 2
+        i = int(answer) % 8
+        if i in self.dead:
+            return 0.0 if i == 3 else 0.1
+        return sum(completion.encode()) % 97 / 97
 
 
-class FewDead(Letters):
-    dead = (0,)
-
-
-class AllDead(Letters):
-    dead = range(8)
-
-
-for task in (Letters, FewDead, AllDead):
-    gymnasium.register(f"{task.__name__}-v0", entry_point=task)
+gymnasium.register("letters", Letters)
+gymnasium.register("few-dead", Letters, kwargs={"dead": (0,)})
+gymnasium.register("all-dead", Letters, kwargs={"dead": range(8)})
 
 
 def rewards_of(seed: int) -> list[torch.Tensor]:
@@ -70,53 +69,57 @@ def small_model() -> str:
     return directory
 
 
+def trained(module, flags: str, task: str = "letters", **replaced) -> Run:
+    """A training with these flags, with functions of the module replaced by others."""
+    fixed = f"--model {small_model()} --task {task} --prompts 4 --group-size 4 --lr 1e-3 "
+    fixed += "--max-new-tokens 8 --warmup 2 --eval-problems 1 --eval-samples 1 "
+    fixed += f"--eval-every 99 --device cpu --out {tempfile.mkdtemp()} "
+    Run.save = Run.finish = lambda run: None  # slow, and not looked at
+    with mock.patch.dict(vars(module), replaced):
+        return module.train(module.parse_args((fixed + flags).split()))
+
+
+def train_case(flags: str, seed: int, columns: list[str], task="letters", **replaced) -> Case:
+    """Columns of the metrics of two steps, how far each weight has moved, and whether dead groups
+    were reported."""
+
+    def run(module):
+        run = trained(module, f"{flags} --steps 2 --seed {seed}", task, **replaced)
+        before = AutoModelForCausalLM.from_pretrained(small_model()).parameters()
+        moved = zip(run.model.parameters(), before, strict=True)
+        found = {x: [row.get(x) for row in run.rows[1:]] for x in columns}
+        found["weights"] = [(now - old).norm().item() for now, old in moved]
+        return found | {"warned": any("dead" in message for message in run.warned)}
+
+    label = f"train with {flags or 'its defaults'} on {task}"
+    return Case(label, run, tolerance=1e-3, part=label)
+
+
 class Returned(Exception):
     """What the function at which a training is stopped has returned."""
 
 
-def train_case(
-    flags: str, values, task: str = "Letters-v0", until: str = "", given: dict | None = None
-) -> Case:
-    """A training with these flags. `values` are columns of its metrics, "weights" being how far
-    they have moved, "warned" whether dead groups were reported; or, with `until`, a function of
-    what this function of the module returns. `given` functions take the place of the module's."""
+def stop_case(function: str, flags: str, seed: int, values, task="letters") -> Case:
+    """`values` of what a function of the module returns in the first step of a training."""
 
     def run(module):
-        fixed = f"--model {small_model()} --task {task} --prompts 4 --group-size 4 --lr 1e-3 "
-        fixed += "--max-new-tokens 8 --warmup 2 --eval-problems 1 --eval-samples 1 "
-        fixed += f"--eval-every 99 --device cpu --out {tempfile.mkdtemp()} "
-        Run.save = Run.finish = lambda run: None  # slow, and not looked at
-        args = module.parse_args((fixed + flags).split())
-        function = getattr(module, until or "train")
+        original = getattr(module, function)
 
         def stop(*args):
-            raise Returned(function(*args))
+            raise Returned(*original(*args))
 
-        replaced = {until: stop} if until else given or {}
-        with mock.patch.dict(vars(module), replaced):
-            try:
-                trained = module.train(args)
-            except Returned as returned:
-                return values(*returned.args[0])
-        found = {x: [row.get(x) for row in trained.rows[1:]] for x in values}
-        if "warned" in values:
-            found["warned"] = any("dead" in message for message in trained.warned)
-        if "weights" in values:
-            before = AutoModelForCausalLM.from_pretrained(small_model()).parameters()
-            moved = zip(trained.model.parameters(), before, strict=True)
-            found["weights"] = [(now - old).norm().item() for now, old in moved]
-        return found
+        try:
+            trained(module, f"{flags} --steps 1 --seed {seed}", task, **{function: stop})
+        except Returned as returned:
+            return values(*returned.args)
 
-    label = f"{until or 'train'} with {flags.strip() or 'its defaults'} on {task}"
-    return Case(label, run, 1e-3, part=label)
+    label = f"{function} with {flags or 'its defaults'} on {task}"
+    return Case(label, run, tolerance=1e-3, part=label)
 
 
-def sampling_cases(flags: list[str], seed: int, task: str = "Letters-v0") -> list[Case]:
-    """What `sample_groups` returns in the first step of trainings with these flags."""
-
+def sampling_case(flags: str, seed: int, task="letters") -> Case:
     def values(prompts, rollouts, rollout, rewards, valid):
         found = {"prompts": len(prompts), "rollouts": len(rollouts), "rows": len(rollout.texts)}
         return found | {"rewards": rewards, "valid": valid}
 
-    flags = [f"{x} --steps 1 --seed {seed}" for x in flags]
-    return [train_case(x, values, task, until="sample_groups") for x in flags]
+    return stop_case("sample_groups", flags, seed, values, task)

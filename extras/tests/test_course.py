@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -34,20 +35,27 @@ def submit(tmp_path, name, key, replacements=(), source=None):
 
 
 def test_every_mistake_can_be_made_once():
-    for question, mistake, right, wrong, hint in MISTAKES:
-        name, key = question.split()
-        file = course.questions(name)[key].file
-        source = course.finished(name, file, (right, wrong))
-        assert source != course.finished(name, file) and hint.endswith("."), mistake
-        path = ROOT / file if (ROOT / file).exists() else course.TEXTS / file
-        assert path.read_text().count(right) == 1, mistake
+    for questions, mistake, right, wrong, hint in MISTAKES:
+        for name, key in map(str.split, questions.split(", ")):
+            file = course.questions(name)[key].file
+            source = course.finished(name, file, (right, wrong))
+            assert source != course.finished(name, file) and hint.endswith("."), mistake
+            path = ROOT / file if (ROOT / file).exists() else course.TEXTS / file
+            assert path.read_text().count(right) == 1, mistake
 
 
 def test_points_add_up():
     """To a hundred by the program; to 30 and 75 where a reader gives the rest."""
     for name in course.NAMES:
-        points = sum(points for points, _ in course.jobs(name, Path(), {}, []).values())
-        assert points == {"A6": 30, "A7": 75}.get(name, 100), name
+        assert sum(course.points_of(name).values()) == {"A6": 30, "A7": 75}.get(name, 100), name
+
+
+def test_the_texts_name_what_is_to_be_written():
+    for name in ("A0", "A1", "A2", "A3", "A4", "A5"):
+        for key, question in course.questions(name).items():
+            names = "`, `".join(x.removesuffix(".__init__") for x in question.names.split())
+            where = rf"\*\*{key} [^*]*\*\* \(\d+ points; `{names}` in `{question.file}`\)"
+            assert re.search(where, course.text_of(name)), f"{name} {key}"
 
 
 def test_the_grader_works_for_every_mistake_of_four_assignments(capsys):
@@ -152,12 +160,6 @@ def test_a_mistake_that_explains_only_a_part_is_not_named(tmp_path):
     assert share == 0.5 and "known mistake" not in feedback
 
 
-def test_what_is_collected_may_be_tensors(tmp_path):
-    changes = [("return arms, np.array(rewards)", "return torch.tensor(arms), f64(rewards)")]
-    changes += [("np.exp(r_ - r)", "np.exp((r_ - r).numpy())")]
-    assert submit(tmp_path, "A1", "Q5", changes)[0] == 1
-
-
 @pytest.mark.parametrize(
     "code, reason",
     [
@@ -248,11 +250,11 @@ def test_a_handout_has_no_solution_and_its_checks_turn_green(tmp_path):
         course.make("A3", out)
 
 
-def test_a_class_is_graded_and_only_what_has_changed_again(tmp_path, monkeypatch):
+def test_a_class_is_graded(tmp_path, monkeypatch):
     monkeypatch.setattr(course, "grade_question", lambda name, key, folder: (0.5, "half"))
-    numbers = course.written.numbers("A3", "W2", "ann")
-    right = course.ANSWERS["A3 W2"](**numbers)
-    for name, answers in (("one", {"id": "ann", "W2": str(right)}), ("bob", {"W2": right})):
+    numbers = course.written.numbers("A3", "W1", "ann")
+    right = course.ANSWERS["A3 W1"](**numbers)
+    for name, answers in (("one", {"id": "ann", "W1": str(right)}), ("bob", {"W1": right})):
         (tmp_path / "class" / name).mkdir(parents=True)
         (tmp_path / "class" / name / "answers.json").write_text(json.dumps(answers))
     out = tmp_path / "grades.csv"
@@ -260,12 +262,9 @@ def test_a_class_is_graded_and_only_what_has_changed_again(tmp_path, monkeypatch
     lines = out.read_text().splitlines()
     assert lines[0].startswith("student,score,Q1,Q2") and len(lines) == 3
     assert lines[2].startswith("one,47.5,7.5,")  # 42.5 and one written question
+    assert lines[1].startswith("bob,42.5,7.5,")  # whose numbers are others
     results = json.loads((tmp_path / "grades" / "one.json").read_text())
     assert {"score", "tests"} <= results.keys() and results["tests"][0]["max_score"] == 15
-    graded = []
-    monkeypatch.setattr(course, "grade", lambda *args: graded.append(args))
-    course.main(["grade", "A3", str(tmp_path / "class"), "--out", str(out)])
-    assert not graded
 
 
 def test_numbers_are_compared_relative_to_the_largest():
@@ -296,7 +295,7 @@ CONTRACT = textwrap.dedent(
 )
 
 
-def test_an_own_task_its_runs_and_the_report_are_graded(tmp_path):
+def test_an_own_task_and_its_runs_are_graded(tmp_path):
     (tmp_path / "my_tasks.py").write_text(CONTRACT)
     for run, lr in (("a", 0.1), ("b", 0.2)):
         config = {"script": "gpg.py", "task": "my_tasks:Long-v0", "steps": 20, "lr": lr, "seed": lr}
@@ -304,18 +303,15 @@ def test_an_own_task_its_runs_and_the_report_are_graded(tmp_path):
         (tmp_path / "runs" / run / "config.json").write_text(json.dumps(config))
         rows = "step,loss,eval_accuracy\n0,,0.1\n" + f"20,{lr},{lr}\n"
         (tmp_path / "runs" / run / "metrics.csv").write_text(rows)
-    report = "python gpg.py --lr 0.1 and --lr 0.2: .100 and .200. " + "word " * 300
-    (tmp_path / "report.md").write_text(report)
 
     def scores():
         results = course.grade("A6", tmp_path, ["ann"], tmp_path / "out.json")
         return [test["score"] for test in results["tests"]]
 
-    assert scores() == [15, 10, 5]
-    (tmp_path / "report.md").write_text(report.replace("--lr", ""))
+    assert scores() == [20, 10]
     (tmp_path / "runs" / "b" / "config.json").write_text(json.dumps(config | {"clip_grad": 1}))
     (tmp_path / "my_tasks.py").write_text(CONTRACT.replace('f"{self.split} {index}"', 'f"{index}"'))
-    assert scores() == [0, 0, 0]
+    assert scores() == [0, 0]
 
 
 def test_three_bugs_are_found_by_tests_and_repaired(tmp_path):
