@@ -8,7 +8,7 @@ from statistics import mean, stdev
 import pytest
 import torch
 from helpers import ManyAs, metrics, run_script
-from test_train import Bigrams, Numbered, Row, Stage
+from stage import Bigrams, Numbered, Row, Stage
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -713,11 +713,11 @@ class Letters(ManyAs):
         return sum(c in "abcdefghijklmnopqrstuvwxyz" for c in completion) / 3
 
 
-@pytest.mark.parametrize("where", [["--pairs", 512], ["--online"]])
+@pytest.mark.parametrize("where", [["--pairs", 256], ["--online"]])
 def test_training_raises_the_reward(tmp_path, monkeypatch, model_dirs, where):
     """Offline, on completions of the reference alone, and online."""
-    more = ["--task", "x", "--lr", 5e-3, "--beta", 0.02, "--completions", 4, "--max-new-tokens", 3]
-    more += ["--prompts", 32, "--steps", 40, "--eval-problems", 200, "--eval-every", 40, *where]
+    more = ["--task", "x", "--lr", 1e-2, "--beta", 0.02, "--completions", 4, "--max-new-tokens", 3]
+    more += ["--prompts", 16, "--steps", 20, "--eval-problems", 100, "--eval-every", 20, *where]
     run, _ = run_script(copg, tmp_path, monkeypatch, model_dirs["qwen2"], Letters(), *more)
     rows = metrics(run)
     assert rows[0]["eval_kl"] == pytest.approx(0, abs=1e-4)  # the policy is the reference

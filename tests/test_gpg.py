@@ -264,7 +264,7 @@ def test_all_dead_steps_are_skipped_and_said(stage, capsys, flags):
 
 @pytest.mark.parametrize("flags", [[], ["--f-norm", "std", "--no-alpha", "--temperature", 1.3]])
 def test_training_raises_the_reward(tmp_path, monkeypatch, model_dirs, flags):
-    flags = ["--steps", 40, "--lr", 1e-2, "--group-size", 16, *flags]
+    flags = ["--steps", 20, "--lr", 2e-2, "--group-size", 16, *flags]
     _, rows = run_script(gpg, tmp_path, monkeypatch, model_dirs["qwen2"], ManyAs(), *flags)
     rewards = [row["reward_mean"] for row in rows]
     assert sum(rewards[:3]) / 3 < 0.1 and sum(rewards[-3:]) / 3 > 0.5

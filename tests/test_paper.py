@@ -143,21 +143,3 @@ def tilted(beta):
 def test_copg_finds_the_optimal_policy_off_policy():
     """Theorem 1: descent on pairs by a skewed writer ends in pi_ref exp(R / beta) / Z."""
     close(fitted(copg_loss), tilted(BETA), 1e-5)
-
-
-def test_the_two_codings_that_look_right_do_not():
-    """Eq. 7-9 with a stop-gradient on R_{beta/2}, and eq. 7-9 with R_beta, differentiated through:
-    they end in the optimum for half and for twice the beta."""
-
-    def stop_gradient(h, r, beta):
-        half = (r - beta / 2 * h).detach()
-        return -((half[:, 0] - half[:, 1]) * (h[:, 0] - h[:, 1])).mean()
-
-    def full_beta(h, r, beta):
-        full = r - beta * h
-        return -((full[:, 0] - full[:, 1]) * (h[:, 0] - h[:, 1])).mean()
-
-    close(fitted(stop_gradient), tilted(BETA / 2), 1e-3)
-    close(fitted(full_beta), tilted(2 * BETA), 1e-3)
-    for wrong in (BETA / 2, 2 * BETA):
-        assert (tilted(wrong) - tilted(BETA)).abs().max() > 0.3
