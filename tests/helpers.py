@@ -37,8 +37,8 @@ def write_jsonl(path, *records: dict) -> str:
 
 def write_around(tokenizer, pattern: str) -> None:
     """From now on the tokenizer writes special tokens around a text: "<bos> $A", for example."""
-    special = [(x, tokenizer.convert_tokens_to_ids(x)) for x in pattern.split() if x != "$A"]
-    processor = TemplateProcessing(single=pattern, special_tokens=special)
+    special = {x: tokenizer.convert_tokens_to_ids(x) for x in pattern.split() if x != "$A"}
+    processor = TemplateProcessing(single=pattern, special_tokens=list(special.items()))
     tokenizer.backend_tokenizer.post_processor = processor
 
 

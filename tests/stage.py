@@ -22,6 +22,8 @@ from tasks.tiny import tiny_tokenizer
 
 V = 258
 
+OTHER_FLAGS = ["--no-chat-template", "--system", "Be brief.", "--grad-checkpointing"]
+
 
 class Bigrams(torch.nn.Module):
     """A policy that sees only the token before the next one."""

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from helpers import REWARDS, ManyAs, close, random_logprobs, run_script
+from stage import OTHER_FLAGS
 
 import common
 import copg
 import gpg
-import grpo
 from gpg import fill_batch, gpg_loss, gradient_scale, group_advantages, is_valid
 from tasks.pairs import Record
 
@@ -85,15 +85,6 @@ def test_loss_by_hand():
     assert gpg_loss(logprobs, advantages, mask, 2.0, 10).item() == pytest.approx(-0.45, abs=1e-7)
 
 
-def test_gradient_raises_what_was_better():
-    """A step against the gradient raises the log-prob of the completion with A > 0."""
-    logits = torch.zeros(2, 1, 2, dtype=torch.double, requires_grad=True)
-    logprobs = logits.log_softmax(-1)[:, :, 0]
-    gpg_loss(logprobs, torch.tensor([0.5, -0.5]), torch.ones(2, 1)).backward()
-    # d loss / d logit = -A (1 - pi) / 2 = -+ .5 * .5 / 2
-    assert logits.grad[:, 0, 0].tolist() == pytest.approx([-0.125, 0.125], abs=1e-12)
-
-
 def brute_force_loss(logprobs, rewards, mask, alpha):
     """Eq. 5 to 8 as loops."""
     B, G = rewards.shape
@@ -154,7 +145,6 @@ SMALL += ["--temperature", 0.7, "--clip-grad", 1e-3, "--weight-decay", 0.03, "--
 SMALL += ["--warmup", 2, "--schedule", "cosine", "--micro-batch-tokens", 90]
 RATES = [0.02, 0.04, 0.0]  # of the three steps
 
-OTHER_FLAGS = ["--no-chat-template", "--system", "Be brief.", "--grad-checkpointing"]
 NO_ALPHA = ["--no-alpha", *OTHER_FLAGS]
 
 # The valid groups in each round of each step; the groups in the batch; alpha.
@@ -231,18 +221,6 @@ def test_threshold(stage, flags, rounds, alpha):
     _, rows, _ = stage.train(gpg, *SMALL, *flags, "--prompts", 4, "--steps", 1)
     assert rows[1]["rounds"] == rounds and rows[1]["alpha"] == pytest.approx(alpha, rel=1e-5)
     assert rows[1]["valid_share"] == 0.25
-
-
-@pytest.mark.parametrize("script, flags", [(gpg, ["--beta-th", 0]), (grpo, ["--kl-beta", 0])])
-def test_shares_of_right_and_wrong_groups(stage, script, flags):
-    """Figure 2 of the paper. The rewards of a dead group are -1, 0, 1, 2 or 3; those of a valid one
-    may be below 0."""
-    stage.plan = [[1, 0, 1, 0, 0, 1, 1, 0]]
-    _, rows, _ = stage.train(script, *SMALL, *flags, "--prompts", 8, "--steps", 1)
-    shares = [rows[1][column] for column in ("valid_share", "all_right", "all_wrong")]
-    assert shares == [4 / 8, 3 / 8, 1 / 8]
-    first = [group[0].reward for group in stage.samples[0]["groups"]]
-    assert min(first[0], first[5], first[6]) < 0 < max(first[0], first[5], first[6])
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-alpha"]])

@@ -5,8 +5,8 @@ from statistics import mean
 import pytest
 import torch
 from helpers import REWARDS, ManyAs, close, random_logprobs, run_script
-from stage import Bigrams
-from test_gpg import OTHER_FLAGS, RATES, SMALL, Variety
+from stage import OTHER_FLAGS, Bigrams
+from test_gpg import RATES, SMALL, Variety
 
 import grpo
 from grpo import batch_total, group_advantages, grpo_loss, is_clipped, kl_k3, minibatches

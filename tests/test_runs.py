@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -30,7 +31,7 @@ import copg
 import gpg
 import grpo
 import run as run_module
-from run import Run, plain_errors
+from run import Run, learning_rate, plain_errors
 from tasks import TextTask, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,12 +78,12 @@ def run(script, argv):
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
-def child(script, argv, log, die=None, disk=None, watch=None):
+def child(script, argv, log, die=None, disk=None, watch=None, draw=False):
     """The same in a process of its own, as `python script` does it.
 
     die=(event, name, n): it kills itself just before the n-th such event of Python's audit hooks on
     a file of this name (None: on any file). disk: no file can be larger. watch: the directory of a
-    run that must have a whole checkpoint before every change of any file.
+    run that must have a whole checkpoint before every change of any file. draw: the curves, too.
     """
     torch.set_num_threads(1)
     os.chdir(ROOT)
@@ -109,6 +110,8 @@ def child(script, argv, log, die=None, disk=None, watch=None):
         save(run)
 
     Run.save = remember
+    if not draw:
+        run_module.draw_curves = lambda runs, path: path.touch()
     sys.addaudithook(hook)
     sys.argv = [script, *argv]
     runpy.run_path(script, run_name="__main__")
@@ -157,8 +160,6 @@ def one_thread(monkeypatch):
     monkeypatch.chdir(ROOT)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the forked processes: results are compared bit for bit
-    # Drawing takes longer than such a run; the forked processes do draw.
-    monkeypatch.setattr(run_module, "draw_curves", lambda runs, path: path.touch())
     yield
     torch.set_num_threads(threads)
 
@@ -175,7 +176,8 @@ def whole(start, model, tmp_path_factory):
     for script in SCRIPTS:
         runs[script] = tmp_path_factory.mktemp("whole") / "run"
         argv = flags(script, model, runs[script])
-        finish(start(script, argv, runs[script], watch=runs[script]), runs[script])
+        process = start(script, argv, runs[script], watch=runs[script], draw=True)
+        finish(process, runs[script])
     return runs
 
 
@@ -203,6 +205,21 @@ def assert_same(out, other, why=""):
 
 def contents(folder):
     return {p: (p.is_file() and p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+# ---- the learning rate ----
+
+
+def test_learning_rate():
+    def rate(step, schedule, steps=100, warmup=4):
+        args = SimpleNamespace(steps=steps, lr=2.0, warmup=warmup, schedule=schedule)
+        return learning_rate(step, args)
+
+    assert [rate(s, "constant") for s in (1, 2, 4, 5, 100)] == [0.5, 1, 2, 2, 2]
+    assert rate(52, "cosine") == pytest.approx(1.0)
+    assert rate(28, "cosine") == pytest.approx(1 + math.sqrt(0.5))
+    assert rate(100, "cosine") == pytest.approx(0.0, abs=1e-12)
+    assert rate(1, "cosine", 1, 0) == pytest.approx(0.0, abs=1e-12)
 
 
 # ---- what a run leaves ----
@@ -364,10 +381,8 @@ def test_flags_beside_resume(whole, model):
     out = whole["gpg.py"]
     for more in (
         ["--lr", "5"], ["--beta-th", "0.5"], ["--prompts", "16"], ["--model", "tiny"],
-        ["--seed", "1"], ["--out", "elsewhere"], ["--no-alpha"], ["--save-every", "2"],
+        ["--seed", "1"], ["--no-alpha"], ["--save-every", "2"],
     ):  # fmt: skip
-        if more[0] == "--out":
-            continue  # the run stays where it is
         with pytest.raises(UserError, match=f"{more[0]} .* contradicts --resume .*run, where it"):
             gpg.parse_args(["--resume", str(out), "--steps", "9", *more])
     same = flags("gpg.py", model, out, "--resume", out, "--steps", 7)
@@ -759,20 +774,19 @@ def test_help_lists_the_flags(script, start, tmp_path):
     assert listed == ranged | others
 
 
-def command(cwd, *argv):
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+def command(cwd, *argv, **environment):
+    """A new process, which has imported nothing; one of each script."""
+    environment |= {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, argv)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 
-@every_script
-def test_command_line(script, whole, model, tmp_path):
-    argv = flags(script, model, tmp_path / "run", "--steps", 2)
-    result = command(ROOT, script, *argv)
+def test_command_line(whole, model, tmp_path):
+    result = command(ROOT, "grpo.py", *flags("grpo.py", model, tmp_path / "run", "--steps", 2))
     assert result.returncode == 0, result.stderr
-    assert rows(tmp_path / "run") == rows(whole[script])[:3]
+    assert rows(tmp_path / "run") == rows(whole["grpo.py"])[:3]
     assert "2 of 2 steps" in result.stdout and "loss=" in result.stderr
 
 
@@ -791,16 +805,13 @@ def test_an_error_in_the_users_task_shows_its_traceback(model, tmp_path):
     assert "len(open(" in shown and "No such file or directory: '/no/such/file'" in shown
 
 
-def test_without_locks_and_without_matplotlib(model, tmp_path):
+def test_without_locks_and_without_matplotlib(whole, model, tmp_path):
     """Windows has no fcntl. A notebook's backend is not there in a script."""
     code = "import common, runpy, sys; sys.modules['fcntl'] = None; "
     code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    argv = flags("gpg.py", model, tmp_path / "run", "--steps", 1, "--task", "add")
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-    try:
-        result = command(ROOT, "-c", code, "gpg.py", *argv)
-    finally:
-        del os.environ["MPLBACKEND"]
+    argv = flags("copg.py", model, tmp_path / "run", "--steps", 1)
+    backend = "module://matplotlib_inline.backend_inline"
+    result = command(ROOT, "-c", code, "copg.py", *argv, MPLBACKEND=backend)
     assert result.returncode == 0, result.stderr
-    assert "1 of 1 steps" in result.stdout
+    assert "1 of 1 steps" in result.stdout and rows(tmp_path / "run") == rows(whole["copg.py"])[:2]
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000

