@@ -330,7 +330,7 @@ def test_a_resumed_run_keeps_its_data_and_reference(stage, tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", *scored(12, 2))
     run, _, _ = stage.train(copg, *FLAGS, "--data", path, "--prompts", 4, "--steps", 3)
     kept = (run.dir / "data.jsonl").read_text()
-    write_jsonl(path, *scored(12, 2))  # other rewards
+    write_jsonl(tmp_path / "data.jsonl", *scored(12, 2))  # other rewards
     stage.train(copg, "--resume", run.dir, "--steps", 41)  # it does not warm up again
     assert [row["lr"] for row in metrics(run)[1:]] == [0.02] * 41
     assert [load[0] for load in stage.loads] == [str(run.checkpoint), "m"]
