@@ -18,7 +18,7 @@ PROMPTS = ["7", "12+5=", "a longer prompt, of quite another length: ", "1+1="]
 REWARDS = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).double()
 
 
-def make_model(model_type: str, **config):
+def make_model(model_type: str, kind=AutoModelForCausalLM, **config):
     """A random model of a Hugging Face model type, with distributions far from uniform."""
     sizes = {
         "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -27,7 +27,7 @@ def make_model(model_type: str, **config):
         "bos_token_id": None, "eos_token_id": 256, "pad_token_id": None,
     }  # fmt: skip
     config = AutoConfig.for_model(model_type, **sizes | config)
-    return AutoModelForCausalLM.from_config(config)
+    return kind.from_config(config)
 
 
 def write_jsonl(path, *records: dict) -> str:

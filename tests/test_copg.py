@@ -7,9 +7,9 @@ from statistics import mean, stdev
 
 import pytest
 import torch
-from helpers import ManyAs, close, metrics, run_script, write_around, write_jsonl
+from helpers import ManyAs, close, make_model, metrics, run_script, write_around, write_jsonl
 from stage import OTHER_FLAGS, Bigrams, Numbered, Row, Stage
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import copg
 from copg import bradley_terry_loss, copg_loss, dpo_loss, ipo_loss, policy_loss
@@ -416,17 +416,13 @@ def test_evaluate(monkeypatch, tmp_path, judge, task):
 
 # ---- the reward model ----
 
-SIZES = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-SIZES |= {"pad_token_id": 257, "eos_token_id": 256, "num_labels": 1}
-
 
 @pytest.fixture
 def classifier(tmp_path):
     """save(**changes) -> the directory of a sequence classifier."""
 
-    def save(kind=LlamaForSequenceClassification, tokenizer=True, broken=False, **changes):
-        model = kind(LlamaConfig(**SIZES | changes))
+    def save(kind=AutoModelForSequenceClassification, tokenizer=True, broken=False, **changes):
+        model = make_model("llama", kind, **{"pad_token_id": 257, "num_labels": 1} | changes)
         if broken:
             model.model.norm.weight.data[3] = torch.nan
         model.save_pretrained(tmp_path / "classifier")
@@ -496,7 +492,7 @@ def test_scores_read_the_bos_of_a_prompt(classifier):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"kind": LlamaForCausalLM}, "one label: its score.weight is missing"),
+        ({"kind": AutoModelForCausalLM}, "one label: its score.weight is missing"),
         ({"num_labels": 2}, "one label: its score.weight is missing, or is for another number"),
         ({"tokenizer": False}, "tokenizer"),
         ({"vocab_size": 100, "pad_token_id": None}, "'1' gives token 256 in a vocabulary of 100"),

@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import ManyAs, close, naive_logprobs, write_around, write_jsonl
+from helpers import ManyAs, close, make_model, naive_logprobs, write_around, write_jsonl
 from PIL import Image
+from transformers import AutoModelForMaskedLM
 
 import common
 import copg
@@ -469,15 +470,8 @@ def test_one_picture_in_a_list(tmp_path, record):
     assert read.prompt["text"] == "what?" and read.prompt["image"].endswith("a.png")
 
 
-def test_models_that_see_the_future_are_refused(tmp_path, model_dirs):
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    _, tokenizer = common.load_model(model_dirs["qwen2"], "cpu")
-    tokenizer.save_pretrained(tmp_path / "bert")
+def test_models_that_see_the_future_are_refused(tmp_path, small):
+    for part in (make_model("bert", AutoModelForMaskedLM), small[1]):
+        part.save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match="it is not causal"):
         common.load_model(str(tmp_path / "bert"), "cpu")
