@@ -11,9 +11,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors this small, threads only wait
 
 import pytest
+
+pytest.register_assert_rewrite("helpers", "stage")
+
 import torch
-from helpers import make_model
-from tokenizers.processors import TemplateProcessing
+from helpers import make_model, write_around
+from stage import Stage
 
 import common
 from tasks.tiny import tiny_tokenizer
@@ -42,6 +45,12 @@ def seeded():
     torch.manual_seed(int(os.environ.get("TEST_SEED", "0")))
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing them takes longer than a short run."""
+    monkeypatch.setattr("run.draw_curves", lambda runs, path: path.touch())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """The tests neither read nor write the user's cache; the tests' subprocesses share this one."""
@@ -54,9 +63,7 @@ def make_tokenizer(family):
         tokenizer.pad_token = None
     if family == "gemma":  # like the real one, it writes a BOS before every text
         tokenizer.add_special_tokens({"bos_token": "<bos>"})
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
-        )
+        write_around(tokenizer, "<bos> $A")
     return tokenizer
 
 
@@ -89,3 +96,8 @@ def loaded(model_dirs, family):
 def small(model_dirs):
     """(model, tokenizer) of one family, where one is enough."""
     return common.load_model(model_dirs["qwen2"], "cpu")
+
+
+@pytest.fixture
+def stage(monkeypatch, tmp_path):
+    return Stage(monkeypatch, tmp_path)

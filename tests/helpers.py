@@ -1,7 +1,10 @@
 """What several test files need: small models and runs, brute-force log-probs, by-hand rollouts."""
 
+import json
+
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -11,8 +14,11 @@ from tasks.prompts import pad
 
 PROMPTS = ["7", "12+5=", "a longer prompt, of quite another length: ", "1+1="]
 
+# Four groups of four rewards; the second and the fourth group are dead.
+REWARDS = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).double()
 
-def make_model(model_type: str, **config):
+
+def make_model(model_type: str, kind=AutoModelForCausalLM, **config):
     """A random model of a Hugging Face model type, with distributions far from uniform."""
     sizes = {
         "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -21,7 +27,19 @@ def make_model(model_type: str, **config):
         "bos_token_id": None, "eos_token_id": 256, "pad_token_id": None,
     }  # fmt: skip
     config = AutoConfig.for_model(model_type, **sizes | config)
-    return AutoModelForCausalLM.from_config(config)
+    return kind.from_config(config)
+
+
+def write_jsonl(path, *records: dict) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def write_around(tokenizer, pattern: str) -> None:
+    """From now on the tokenizer writes special tokens around a text: "<bos> $A", for example."""
+    special = {x: tokenizer.convert_tokens_to_ids(x) for x in pattern.split() if x != "$A"}
+    processor = TemplateProcessing(single=pattern, special_tokens=list(special.items()))
+    tokenizer.backend_tokenizer.post_processor = processor
 
 
 def close(a: Tensor, b: Tensor, atol: float) -> None:
@@ -33,6 +51,12 @@ def gradient(model, scalar: Tensor) -> Tensor:
     """The gradient of scalar in all parameters, as one vector. It leaves no .grad behind."""
     gradients = torch.autograd.grad(scalar, list(model.parameters()), materialize_grads=True)
     return torch.cat([x.flatten() for x in gradients])
+
+
+def random_logprobs(N: int = 16, T: int = 12) -> tuple[Tensor, Tensor]:
+    """Log-probs [N, T] in float64, to differentiate, and the mask of N completions of 1 to T."""
+    logprobs = torch.randn(N, T).double().sub(2).requires_grad_()
+    return logprobs, torch.arange(T) < torch.randint(1, T + 1, (N, 1))
 
 
 def naive_logprobs(model, rollout: Rollout, temperature: float = 1.0) -> Tensor:
@@ -99,7 +123,6 @@ def run_script(script, tmp_path, monkeypatch, model_dir, task: TextTask, *flags)
     Gives the run and the rows of its metrics.csv, without that of step 0.
     """
     monkeypatch.setattr(script, "make_tasks", lambda name, eval_name: (task, task))
-    monkeypatch.setattr("run.draw_curves", lambda *_: None)  # slow
     small = ["--max-new-tokens", 8, "--steps", 3, "--prompts", 4]
     small += ["--eval-problems", 4, "--eval-samples", 2]
     small += ["--out", tmp_path / f"run{len(list(tmp_path.iterdir()))}"]

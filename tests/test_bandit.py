@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from helpers import close
 
 import bandit_toy as bandit
 from bandit_toy import LOSSES, expected_gradient, f64, limit, objective, optimal_policy, regret
@@ -33,7 +34,7 @@ def exact(problem):
 def test_exact_values_of_the_paper():
     """pi*, J and the regret of the paper's bandit, also where a policy never pulls an arm."""
     best = optimal_policy()
-    torch.testing.assert_close(best, f64(PI_STAR), atol=1e-6, rtol=0)
+    close(best, f64(PI_STAR), 1e-6)
     assert float(objective(best)) == pytest.approx(2.125200, abs=1e-6)
     assert float(objective(UNIFORM)) == pytest.approx(1.833333, abs=1e-6)
     assert float(regret(UNIFORM)) == pytest.approx(0.291867, abs=1e-6)
@@ -59,19 +60,20 @@ def test_regularised_reward_objective_and_the_optimum(seed):
     )
 
 
-@pytest.mark.parametrize(
-    "method, policy, value",
-    [
-        ("copg", PI_STAR, 0.0), ("pg", (0.194, 0.250, 0.556), 0.6378),
-        ("pg-value", (0.812, 0.168, 0.0209), 0.0148), ("ipo", (0.4242, 0.3527, 0.2231), 0.1525),
-        ("pg-value-kl", PI_STAR, 0.0), ("is", PI_STAR, 0.0), ("rloo", PI_STAR, 0.0),
-        ("dpo", PI_STAR, 0.0),
-    ],
-)  # fmt: skip
-def test_limits(method, policy, value):
+LIMITS = {  # of each method: the policy at the end, and its regret
+    "copg": (PI_STAR, 0.0), "pg": ((0.194, 0.250, 0.556), 0.6378),
+    "pg-value": ((0.812, 0.168, 0.0209), 0.0148), "ipo": ((0.4242, 0.3527, 0.2231), 0.1525),
+    "pg-value-kl": (PI_STAR, 0.0), "is": (PI_STAR, 0.0), "rloo": (PI_STAR, 0.0),
+    "dpo": (PI_STAR, 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", LIMITS)
+def test_limits(method):
     """Where gradient descent on each expected loss ends, and the regret there."""
-    found = limit(method, 5000 if method == "dpo" else 1500)
-    torch.testing.assert_close(found, f64(policy), atol=6e-4, rtol=0)
+    policy, value = LIMITS[method]
+    found = limit(method, 600, lr=4.0) if method == "dpo" else limit(method, 400)
+    close(found, f64(policy), 6e-4)
     assert float(regret(found)) == pytest.approx(value, abs=6e-5)
     assert expected_gradient(method, found.log()).abs().max() < 1e-9  # it is the end
 
@@ -91,10 +93,10 @@ def test_the_baseline_of_each_half_is_the_mean_of_the_other(seed):
         return (mu * (r_beta - other @ r_beta)) @ scores
 
     ours = -expected_gradient("copg", logits, **problem)
-    torch.testing.assert_close(ours, half(mu1, mu2) + half(mu2, mu1), atol=1e-12, rtol=0)
+    close(ours, half(mu1, mu2) + half(mu2, mu1), 1e-12)
     assert (ours - half(mu1, mu1) - half(mu2, mu2)).norm() > 1e-3  # with its own mean, another
     one = -expected_gradient("copg", logits, **problem | {"mu": (mu1, mu1)})
-    torch.testing.assert_close(one, 2 * half(mu1, mu1), atol=1e-12, rtol=0)  # eq. 16
+    close(one, 2 * half(mu1, mu1), 1e-12)  # eq. 16
 
 
 # ---- theorem 1: one optimum, pi*, whatever collected the data ----
@@ -105,7 +107,7 @@ def test_copg_finds_the_one_optimum_from_any_data(seed):
     problem = random_problem(seed)
     best = exact(problem)
     assert expected_gradient("copg", best.log(), **problem).abs().max() < 1e-12
-    torch.testing.assert_close(limit("copg", 4000, **problem), best, atol=1e-6, rtol=0)
+    close(limit("copg", 150, **problem), best, 1e-6)
     assert expected_gradient("copg", torch.zeros(3).double(), **problem).norm() > 1e-3
     # Convex in the logits, and strictly so but for a constant added to all: no other minimum.
     hessian = torch.autograd.functional.hessian(
@@ -122,16 +124,16 @@ def test_copg_finds_the_one_optimum_from_any_data(seed):
 
 def test_an_arm_that_nobody_pulls_stays_where_it_was():
     """Only differences of log-ratios between arms in the data are learned."""
-    found = limit("copg", mu=((0.5, 0.5, 0.0), (0.4, 0.6, 0.0)))
+    found = limit("copg", 300, mu=((0.5, 0.5, 0.0), (0.4, 0.6, 0.0)))
     assert float(found[0] / found[1]) == pytest.approx(np.e, rel=1e-6)
-    torch.testing.assert_close(found, f64((0.5065, 0.1863, 0.3072)), atol=1e-4, rtol=0)
+    close(found, f64((0.5065, 0.1863, 0.3072)), 1e-4)
     assert float(regret(found)) == pytest.approx(0.218, abs=1e-3)
 
 
 def test_connected_pairs_are_enough():
     """mu1 pulls arm 2 only, mu2 the others only: the supports differ, the optimum is found."""
-    found = limit("copg", 3000, mu=((0.0, 0.0, 1.0), (0.5, 0.5, 0.0)))
-    torch.testing.assert_close(found, optimal_policy(), atol=1e-6, rtol=0)
+    found = limit("copg", 150, mu=((0.0, 0.0, 1.0), (0.5, 0.5, 0.0)))
+    close(found, optimal_policy(), 1e-6)
 
 
 def test_a_restricted_policy_has_another_optimum():
@@ -162,7 +164,7 @@ def test_on_policy_the_gradient_is_twice_that_of_the_objective(seed):
     (gradient,) = torch.autograd.grad(objective(logits.softmax(-1), *arguments), logits)
     pi = logits.detach().softmax(-1)
     ours = expected_gradient("copg", logits, **problem | {"mu": (pi, pi)})
-    torch.testing.assert_close(-ours, 2 * gradient, atol=1e-12, rtol=0)
+    close(-ours, 2 * gradient, 1e-12)
     torch.testing.assert_close(
         -expected_gradient("is", logits, **problem), 2 * gradient, atol=1e-12, rtol=0
     )  # importance weights give it from any data (eq. 5-6)
@@ -204,13 +206,13 @@ def test_equal_gradients(method, other):
 
     ours, theirs = gradient(LOSSES[method]), gradient(other)
     assert ours.norm() > 0.1
-    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    close(ours, theirs, 1e-12)
 
 
 def test_a_constant_added_to_the_rewards_changes_nothing():
     shifted = tuple(r + 10 for r in bandit.R)
-    torch.testing.assert_close(limit("copg", rewards=shifted), optimal_policy(), atol=1e-9, rtol=0)
-    fatal = float(regret(limit("pg", 4000, lr=0.05, rewards=shifted)))  # without a baseline
+    close(limit("copg", 300, rewards=shifted), optimal_policy(), 1e-9)
+    fatal = float(regret(limit("pg", 400, lr=0.05, rewards=shifted)))  # without a baseline
     assert fatal == pytest.approx(1.052, abs=1e-3)
 
 
@@ -238,8 +240,8 @@ def weighted(b, through):
 )
 def test_two_right_and_two_wrong_codings(b, through, effective_beta, value, monkeypatch):
     monkeypatch.setitem(LOSSES, "another", weighted(b, through))
-    found = limit("another", 2000)
-    torch.testing.assert_close(found, optimal_policy(beta=effective_beta), atol=1e-6, rtol=0)
+    found = limit("another", 500)
+    close(found, optimal_policy(beta=effective_beta), 1e-6)
     assert float(regret(found)) == pytest.approx(value, abs=1e-4)
 
 
@@ -278,10 +280,10 @@ def test_data_follow_the_two_policies_and_bradley_terry():
 def test_limits_with_ranked_labels():
     """Section 6 has pairs ranked by a reward model: DPO runs to the best arm, IPO to a policy other
     than with sampled labels, and CoPG, which has no labels, to pi* as before."""
-    found = limit("ipo", labels="ranked")
-    torch.testing.assert_close(found, f64((0.4576, 0.3902, 0.1522)), atol=1e-4, rtol=0)
+    found = limit("ipo", 300, labels="ranked")
+    close(found, f64((0.4576, 0.3902, 0.1522)), 1e-4)
     assert float(regret(found)) == pytest.approx(0.0922, abs=6e-5)
-    torch.testing.assert_close(limit("copg", labels="ranked"), optimal_policy())
+    torch.testing.assert_close(limit("copg", 400, labels="ranked"), optimal_policy())
     best_arm = 2.125200 - (2.5 - 0.5 * np.log(3))  # J(pi*) - J(always arm 0) = .1745
     assert float(regret(limit("dpo", labels="ranked"))) == pytest.approx(best_arm, abs=1e-6)
     regrets, logits = [], torch.zeros(3).double()
@@ -297,10 +299,10 @@ def test_limits_with_ranked_labels():
 def test_the_figures_claims():
     """With lr 5e-3, two seeds: CoPG at zero regret, the others at their limits."""
     for method in bandit.PAPER:
-        curve = bandit.train(method, seeds=range(2), epochs=100)
-        assert curve.shape == (101, 2)
+        curve = bandit.train(method, seeds=range(2), epochs=60)
+        assert curve.shape == (61, 2)
         assert curve[0] == pytest.approx(0.291867, abs=1e-6)
-        assert curve[-1] == pytest.approx(float(regret(limit(method))), abs=0.02)
+        assert curve[-1] == pytest.approx(LIMITS[method][1], abs=0.02)
         assert method != "copg" or curve[-1].max() < 1e-6
 
 
@@ -339,8 +341,14 @@ def test_on_policy_training_draws_from_the_policy(monkeypatch):
 QUICK = ["--epochs", "2", "--seeds", "3", "--methods"]
 
 
-def test_command_line(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bandit, "N_PAIRS", 1000)
+    monkeypatch.setattr(bandit, "limit", lambda method, **more: limit(method, 300, **more))
+
+
+def test_command_line(quick, capsys):
     bandit.main([*QUICK, "copg", "ipo"])
     out = capsys.readouterr().out
     assert "J(pi*) = 2.125200" in out and "optimal" in out and "biased" in out
@@ -371,8 +379,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         (["ppo"], "invalid choice: 'ppo'"),
     ],
 )
-def test_bad_flags(tmp_path, monkeypatch, flags, line):
-    monkeypatch.chdir(tmp_path)
+def test_bad_flags(quick, monkeypatch, flags, line):
     Path("full").mkdir()
     Path("full/regret.csv").write_text("mine")
     monkeypatch.setattr(bandit, "train_policies", None)  # said before training
@@ -381,7 +388,7 @@ def test_bad_flags(tmp_path, monkeypatch, flags, line):
     assert Path("full/regret.csv").read_text() == "mine"
 
 
-def test_the_table_does_not_need_the_figure(tmp_path, capsys, monkeypatch):
+def test_the_table_does_not_need_the_figure(quick, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     bandit.main([*QUICK, "copg", "--out", str(tmp_path)])
     *_, row, last = capsys.readouterr().out.splitlines()
@@ -389,7 +396,7 @@ def test_the_table_does_not_need_the_figure(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "regret.csv").exists()
 
 
-def test_a_reader_that_stops_loses_no_file(tmp_path, monkeypatch):
+def test_a_reader_that_stops_loses_no_file(quick, tmp_path, monkeypatch):
     """python bandit_toy.py | head -1: the files are written before the first line."""
 
     def closed(text):

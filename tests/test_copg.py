@@ -7,18 +7,15 @@ from statistics import mean, stdev
 
 import pytest
 import torch
-from helpers import ManyAs, metrics, run_script
-from test_train import Bigrams, Numbered, Row, Stage
-from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from helpers import ManyAs, close, make_model, metrics, run_script, write_around, write_jsonl
+from stage import OTHER_FLAGS, Bigrams, Numbered, Row, Stage
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import common
 import copg
 from copg import bradley_terry_loss, copg_loss, dpo_loss, ipo_loss, policy_loss
 from tasks import Posts, UserError, first_problem, get_prompts, tiny
 from tasks.pairs import HeldOutPrompts, Record, read_records, write_records
 from tasks.posts import PREFERENCES
-from tasks.prompts import end_of_answer
 from tasks.tiny import tiny_tokenizer
 
 # ---- the losses ----
@@ -39,14 +36,7 @@ def test_losses_by_hand():
     # ln(1 + exp(-1)), ln(1 + exp(1))
     assert bradley_terry_loss(r[:, 0], r[:, 1]).item() == pytest.approx(0.3132617, abs=1e-6)
     assert bradley_terry_loss(r[:, 1], r[:, 0]).item() == pytest.approx(1.3132617, abs=1e-6)
-
-
-def test_losses_are_means_over_prompts():
-    """The loss of seven prompts is the mean of the seven losses."""
-    h, r = torch.randn(7, 2).double(), torch.randn(7, 2).double()
-    for loss in ("copg", "ipo", "dpo"):
-        alone = [policy_loss(loss, h[i : i + 1], r[i : i + 1], 0.3) for i in range(7)]
-        torch.testing.assert_close(policy_loss(loss, h, r, 0.3), torch.stack(alone).mean())
+    assert bradley_terry_loss(r[0], r[0].flip(0)).item() == pytest.approx(0.8132617, abs=1e-6)
 
 
 @pytest.mark.parametrize("K", [2, 3, 5])
@@ -65,18 +55,10 @@ def test_copg_equals_the_pairs_by_brute_force(K):
             expected[p, i] -= full.detach() / P / (K - 1)
             expected[p, j] += full.detach() / P / (K - 1)
     loss = copg_loss(h, r, beta)
-    torch.testing.assert_close(loss, brute + constant, atol=1e-12, rtol=0)
+    close(loss, brute + constant, 1e-12)
     (gradient,) = torch.autograd.grad(loss, h)
-    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
+    close(gradient, expected, 1e-12)
     assert expected.norm() > 0.1
-
-
-def test_bradley_terry_is_minus_the_log_likelihood_of_the_preferences():
-    """The mean over the pairs of -ln P(chosen is preferred), in float64, by a loop."""
-    chosen, rejected = torch.randn(2, 9).double()
-    pairs = zip(chosen.tolist(), rejected.tolist(), strict=True)
-    expected = mean(math.log(1 + math.exp(b - a)) for a, b in pairs)
-    assert bradley_terry_loss(chosen, rejected).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_ipo_and_dpo_see_best_and_worst():
@@ -94,37 +76,12 @@ def test_ipo_and_dpo_see_best_and_worst():
 # ---- data and batches ----
 
 
-def test_micro_batches_keep_prompts_together():
-    """With block=3 the three completions of a prompt stay in one micro-batch."""
-    mask = torch.arange(9) < torch.randint(1, 9, (12, 1))
-    prompts = torch.ones(12, 3)
-    rollout = common.Rollout(
-        prompts, prompts, torch.ones(12, 9), mask, torch.zeros(12, 9), torch.zeros(12), [""] * 12
-    )
-    for max_tokens in (1, 40, 80, 10**4):
-        batches = common.micro_batches(rollout, max_tokens, block=3)
-        assert sorted(torch.cat(batches).tolist()) == list(range(12))
-        for batch in batches:
-            groups = (batch[::3] // 3).tolist()
-            assert batch.tolist() == [3 * group + k for group in groups for k in range(3)]
-            longest = 3 + int(rollout.completion_mask[batch].sum(1).max())
-            assert len(batch) == 3 or len(batch) * longest <= max_tokens
-
-
 def test_records_shuffle_every_epoch():
     n = 10
     numbers = [i for step in range(5) for i in copg.shuffled_passes(step * 4, 4, n, seed=1)]
     assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
     assert numbers[:10] != numbers[10:]
     assert numbers[:4] != copg.shuffled_passes(0, 4, n, seed=2)
-
-
-def with_bos(tokenizer):
-    """The tokenizer, which from now on writes a BOS before every text."""
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|pad|> $A", special_tokens=[("<|pad|>", 257)]
-    )
-    return tokenizer
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -136,7 +93,7 @@ def test_log_ratios_count_completion_tokens_only(small, bos):
     prompts, texts = ["12+5=", "a longer prompt: "], [["17", "3"], ["no", "yes!"]]
     ids_of = {text: tokenizer(text).input_ids for text in [*prompts, *texts[0], *texts[1]]}
     if bos:
-        with_bos(tokenizer)
+        write_around(tokenizer, "<|pad|> $A")
     ends = [[eos, 7], [-1, eos]]  # another stop token; one that was truncated
     records = [
         Record(p, t, rewards=[1, 0], ends=e) for p, t, e in zip(prompts, texts, ends, strict=True)
@@ -169,9 +126,7 @@ def test_default_betas():
 
 
 @pytest.fixture
-def stage(monkeypatch, tmp_path):
-    stage = Stage(monkeypatch, tmp_path)
-
+def stage(stage, monkeypatch):
     def evaluate(model, ref_model, tokenizer, reward_model, task, args):
         assert (model, ref_model) == tuple(stage.models)
         judged = args.reward_model != "task" or args.task == "posts"
@@ -199,11 +154,6 @@ class Judge:
 
     def rewards(self, prompts, texts):
         return torch.tensor([judged(*pair) for pair in zip(prompts, texts, strict=True)])
-
-
-def write(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def scored(n, K):
@@ -257,12 +207,8 @@ def check(stage, run, rows, groups_of, rates):
     stage.check_evaluations(rows, ["eval_reward", "eval_reward_stderr", "eval_kl"])
     assert sum(training for _, training, *_ in stage.scored) > len(rates)  # micro-batches
     for i, row in enumerate(rows[1:]):
-        expected = {
-            "loss": losses[i],
-            "grad_norm": norms[i],
-            "top1_agreement": ranked[i],
-            "lr": rates[i],
-        }
+        expected = {"loss": losses[i], "grad_norm": norms[i], "lr": rates[i]}
+        expected |= {"top1_agreement": ranked[i]}
         for column, value in expected.items():
             assert row[column] == pytest.approx(value, rel=1e-4), column
 
@@ -276,17 +222,7 @@ FLAGS += ["--beta", 0.2, "--seed", 4, "--max-new-tokens", 5]
     [
         (2, []),
         (3, []),
-        (
-            3,
-            [
-                "--loss",
-                "ipo",
-                "--no-chat-template",
-                "--system",
-                "Be brief.",
-                "--grad-checkpointing",
-            ],
-        ),
+        (3, ["--loss", "ipo", *OTHER_FLAGS]),
         (3, ["--loss", "dpo", "--schedule", "cosine"]),
         (3, ["--reward-model", "rm", "--warmup", 0]),
         (3, ["--reward-model", "rm", "--task", "add"]),
@@ -299,7 +235,7 @@ def test_everything_that_train_hands_on_offline(stage, tmp_path, K, flags):
         for record in records:
             record["chosen"], record["rejected"] = record.pop("completions")
             del record["rewards"]
-    path = write(tmp_path / "data.jsonl", *records)
+    path = write_jsonl(tmp_path / "data.jsonl", *records)
     more = ["--prompts", 8, "--epochs", 5, "--data", path, *flags]
     run, rows, samples = stage.train(copg, *FLAGS, *more)
     (policy, ref), args = stage.loads, stage.args
@@ -340,7 +276,7 @@ def test_everything_that_train_hands_on_offline(stage, tmp_path, K, flags):
     assert rewards.tolist() == torch.tensor([[r.reward for r in g] for g in groups]).tolist()
     ref = [[row.logprobs(stage.models[1].theta).sum() for row in group] for group in groups]
     ref_logprobs = torch.tensor([record.ref_logprobs for record in kept])
-    torch.testing.assert_close(ref_logprobs, torch.tensor(ref), atol=1e-4, rtol=0)
+    close(ref_logprobs, torch.tensor(ref), 1e-4)
     stage.out = tmp_path / "again"
     again, _, _ = stage.train(copg, *FLAGS, "--data", run.dir / "data.jsonl", "--steps", 1)
     assert (again.dir / "data.jsonl").read_text() == (run.dir / "data.jsonl").read_text()
@@ -390,23 +326,15 @@ def test_data_is_collected_from_the_task(stage, capsys):
     check(stage, run, rows, steps, [0.02] * 5)
 
 
-def test_a_resumed_run_keeps_its_data_order_and_reference(stage, tmp_path):
-    path = write(tmp_path / "data.jsonl", *scored(12, 2))
+def test_a_resumed_run_keeps_its_data_and_reference(stage, tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", *scored(12, 2))
     run, _, _ = stage.train(copg, *FLAGS, "--data", path, "--prompts", 4, "--steps", 3)
     kept = (run.dir / "data.jsonl").read_text()
-    write(path, *scored(12, 2))  # other rewards
-    stage.updates.clear()
+    write_jsonl(tmp_path / "data.jsonl", *scored(12, 2))  # other rewards
     stage.train(copg, "--resume", run.dir, "--steps", 41)  # it does not warm up again
     assert [row["lr"] for row in metrics(run)[1:]] == [0.02] * 41
     assert [load[0] for load in stage.loads] == [str(run.checkpoint), "m"]
     assert (run.dir / "data.jsonl").read_text() == kept
-    kept, theta = read_records(run.dir / "data.jsonl"), stage.updates[0]["theta"]
-    kept = [record for record in kept if not record.held_out]
-    groups = [given(stage, r.prompt, r.completions, r.rewards) for r in kept]
-    groups = [groups[i] for i in copg.shuffled_passes(12, 4, 10, seed=4)]
-    assert sorted(stage.updates[0]["rows"]) == sorted(row.text for rows in groups for row in rows)
-    loss, _ = loss_by_loops("copg", groups, theta, Bigrams(1).theta.double(), 0.2)
-    assert metrics(run)[4]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_posts_are_compared_as_preferred(stage, monkeypatch):
@@ -488,17 +416,13 @@ def test_evaluate(monkeypatch, tmp_path, judge, task):
 
 # ---- the reward model ----
 
-SIZES = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-SIZES |= {"pad_token_id": 257, "eos_token_id": 256, "num_labels": 1}
-
 
 @pytest.fixture
 def classifier(tmp_path):
     """save(**changes) -> the directory of a sequence classifier."""
 
-    def save(kind=LlamaForSequenceClassification, tokenizer=True, broken=False, **changes):
-        model = kind(LlamaConfig(**SIZES | changes))
+    def save(kind=AutoModelForSequenceClassification, tokenizer=True, broken=False, **changes):
+        model = make_model("llama", kind, **{"pad_token_id": 257, "num_labels": 1} | changes)
         if broken:
             model.model.norm.weight.data[3] = torch.nan
         model.save_pretrained(tmp_path / "classifier")
@@ -509,39 +433,37 @@ def classifier(tmp_path):
     return save
 
 
+def score_alone(judge, *ids):
+    """The score at the last of these tokens."""
+    with torch.no_grad():
+        hidden = judge.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        return judge.model.score(hidden).item()
+
+
 def test_scores_are_read_at_the_end_and_do_not_depend_on_the_others(classifier):
     judge = copg.RewardModel(classifier(), "cpu")
-    model, tokenizer = judge.model, judge.tokenizer
     prompts = ["a", "a longer prompt, much longer", "b", *"cdefg" * 20]
     texts = ["yes, it is so", "no", "", *"hijkl" * 20]
-    expected = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        ids = torch.tensor([[*tokenizer(prompt).input_ids, *tokenizer(text).input_ids, 256]])
-        with torch.no_grad():
-            hidden = model.model(ids).last_hidden_state[0, -1]
-            expected.append(model.score(hidden).item())
+    pairs = zip(judge.tokenizer(prompts).input_ids, map(judge.tokenizer, texts), strict=True)
+    expected = [score_alone(judge, *prompt, *text.input_ids, 256) for prompt, text in pairs]
     together = judge.rewards(prompts, texts)
-    torch.testing.assert_close(together, torch.tensor(expected), atol=1e-5, rtol=0)
+    close(together, torch.tensor(expected), 1e-5)
     assert together.std() > 1e-2
 
 
 @pytest.mark.parametrize("pad", [0, None])
 def test_scores_with_another_padding(classifier, pad):
     """Token 0 is as good a padding as any; without one, the EOS is it, and is not read."""
-    directory = classifier()
-    tokenizer = tiny_tokenizer()
+    directory, tokenizer = classifier(), tiny_tokenizer()
     tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
     tokenizer.save_pretrained(directory)
     judge = copg.RewardModel(directory, "cpu")
-    model, tokenizer = judge.model, judge.tokenizer
     prompts, texts = ["a", "a much longer prompt"], ["yes, it is so", "no"]
-    with torch.no_grad():
-        together = judge.score(prompts, texts)
-        for i in range(2):
-            ids = [*tokenizer(prompts[i]).input_ids, *tokenizer(texts[i]).input_ids]
-            ids += [256] if pad == 0 else []
-            expected = model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1])
-            assert together[i].item() == pytest.approx(expected.item(), abs=1e-5)
+    together = judge.rewards(prompts, texts)
+    for i in range(2):
+        ids = judge.tokenizer(prompts[i]).input_ids + judge.tokenizer(texts[i]).input_ids
+        alone = score_alone(judge, *ids, *([256] if pad == 0 else []))
+        assert together[i].item() == pytest.approx(alone, abs=1e-5)
 
 
 def test_scores_use_the_chat_template(classifier):
@@ -553,26 +475,24 @@ def test_scores_use_the_chat_template(classifier):
         "{% if add_generation_prompt %}?{% endif %}<|endoftext|>"
     )
     torch.testing.assert_close(judge.score(["hi"], ["yes"]), plain)
-    with_bos(tokenizer)  # under a template it would be a second one
+    write_around(tokenizer, "<|pad|> $A")  # under a template it would be a second one
     torch.testing.assert_close(judge.score(["hi"], ["yes"]), plain)
 
 
 def test_scores_read_the_bos_of_a_prompt(classifier):
     """Without a template, a prompt begins with the tokenizer's BOS, and a completion does not."""
     judge = copg.RewardModel(classifier(), "cpu")
-    ids = [257, *judge.tokenizer("hi").input_ids, *judge.tokenizer("yes").input_ids, 256]
-    with_bos(judge.tokenizer)
-    with torch.no_grad():
-        hidden = judge.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
-        expected = judge.model.score(hidden).item()
-        judge.model.config.pad_token_id = 255  # the BOS is no padding
-        assert judge.score(["hi"], ["yes"]).item() == pytest.approx(expected, abs=1e-5)
+    prompt, text = judge.tokenizer(["hi", "yes"]).input_ids
+    write_around(judge.tokenizer, "<|pad|> $A")
+    alone = score_alone(judge, 257, *prompt, *text, 256)
+    judge.model.config.pad_token_id = 255  # the BOS is no padding
+    assert judge.rewards(["hi"], ["yes"]).item() == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"kind": LlamaForCausalLM}, "one label: its score.weight is missing"),
+        ({"kind": AutoModelForCausalLM}, "one label: its score.weight is missing"),
         ({"num_labels": 2}, "one label: its score.weight is missing, or is for another number"),
         ({"tokenizer": False}, "tokenizer"),
         ({"vocab_size": 100, "pad_token_id": None}, "'1' gives token 256 in a vocabulary of 100"),
@@ -581,7 +501,7 @@ def test_scores_read_the_bos_of_a_prompt(classifier):
     ],
 )
 def test_bad_reward_models(classifier, tmp_path, model_dirs, wrong, message):
-    path = write(tmp_path / "data.jsonl", *scored(12, 3))
+    path = write_jsonl(tmp_path / "data.jsonl", *scored(12, 3))
     out, rm = tmp_path / "run", classifier(**wrong)
     flags = ["--model", model_dirs["qwen2"], "--data", path, "--reward-model", rm, "--out", out]
     with pytest.raises(UserError, match=message) as error:
@@ -610,55 +530,33 @@ def test_the_learned_reward_model(monkeypatch, capsys):
 # ---- files ----
 
 
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        ('{"prompt": "a"', "line 1: not a JSON object"),
-        ("[1]", "line 1: not a JSON object"),
-        ("", "no records"),
-        ('{"completions": ["a", "b"]}', "line 1: needs a text under 'prompt'"),
-        ('{"prompt": "", "completions": ["a", "b"]}', "line 1: needs a text under 'prompt'"),
-        ('{"prompt": "a"}', "line 1: needs two completions"),
-        ('{"prompt": "a", "completions": ["b"]}', "line 1: needs two completions"),
-        ('{"prompt": "a", "completions": "bc"}', "line 1: needs two completions"),
-        ('{"prompt": "a", "completions": ["b", 3]}', "line 1: a completion is neither a text"),
-        ('{"prompt": "a", "chosen": "b"}', "line 1: a completion is neither a text"),
-        ('{"prompt": "a", "completions": ["b", "\\ud800"]}', "line 1: not a JSON object"),
-        (
-            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1]}',
-            "a number for each completion",
-        ),
-        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1, NaN]}', "at most 1e\\+15"),
-        ('{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 1e39]}', "at most 1e\\+15"),
-        (
-            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1, true]}',
-            "a number for each completion",
-        ),
-        (
-            '{"prompt": "a", "completions": ["b", "c"], "rewards": 7}',
-            "a number for each completion",
-        ),
-        ('{"prompt": "a", "completions": ["b", "c"]}', "no rewards in it"),
-        (
-            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n'
-            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2]}',
-            "line 3: 'chosen' must be in every line or in none",
-        ),
-        (
-            '{"prompt": "a", "completions": ["b", "c"]}\n'
-            '{"prompt": "a", "completions": ["b", "c", "d"]}',
-            "line 2: needs 2 completions, like the first line",
-        ),
-        (
-            '{"prompt": "a", "completions": ["b", "c"]}\n'
-            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2]}',
-            "line 2: 'rewards' must be in every line or in none",
-        ),
-    ],
-)
+PAIR = {"prompt": "a", "completions": ["b", "c"]}
+BAD_FILES = [  # the lines of a file, the error
+    ([{"completions": ["b", "c"]}], "line 1: needs a text under 'prompt'"),
+    ([{"prompt": "a"}], "line 1: needs two completions"),
+    ([PAIR | {"completions": ["b"]}], "line 1: needs two completions"),
+    ([PAIR | {"completions": "bc"}], "line 1: needs two completions"),
+    ([PAIR | {"completions": ["b", 3]}], "line 1: a completion is neither a text"),
+    ([{"prompt": "a", "chosen": "b"}], "line 1: a completion is neither a text"),
+    ([PAIR | {"rewards": [1]}], "a number for each completion"),
+    ([PAIR | {"rewards": [1, True]}], "a number for each completion"),
+    ([PAIR | {"rewards": 7}], "a number for each completion"),
+    ([PAIR | {"rewards": [1, math.nan]}], r"at most 1e\+15"),
+    ([PAIR | {"rewards": [1, 1e39]}], r"at most 1e\+15"),
+    ([PAIR], "no rewards in it"),
+    (
+        [{"prompt": "a", "chosen": "b", "rejected": "c"}, PAIR | {"rewards": [1, 2]}],
+        "line 3: 'chosen' must be in every line or in none",
+    ),
+    ([PAIR, PAIR | {"completions": [*"bcd"]}], "line 3: needs 2 completions, like the first line"),
+    ([PAIR, PAIR | {"rewards": [1, 2]}], "line 3: 'rewards' must be in every line or in none"),
+]
+
+
+@pytest.mark.parametrize("lines, message", BAD_FILES)
 def test_bad_files(stage, tmp_path, lines, message):
     path = tmp_path / "data.jsonl"
-    path.write_text(lines + "\n")
+    path.write_text("\n\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match=message):
         stage.train(copg, "--data", path)
     assert not list(stage.out.iterdir())
@@ -676,20 +574,8 @@ def test_records_are_kept_bit_for_bit(tmp_path):
         assert vars(a) | {"where": ""} == vars(b)
 
 
-def test_a_given_completion_ends_as_the_chat_template_ends_an_answer(small):
-    """Gemma's turns end with a token that is not the tokenizer's EOS."""
-    _, tokenizer = small
-    assert end_of_answer(tokenizer) == 256
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    (turn,) = tokenizer("<|turn|>", add_special_tokens=False).input_ids
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|turn|>@{% endfor %}"
-    assert end_of_answer(tokenizer) == turn != 256
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}#{% endfor %}"
-    assert end_of_answer(tokenizer) == 256  # nothing special
-
-
 def test_a_single_record_is_trained_on_and_held_out(stage, tmp_path):
-    path = write(tmp_path / "data.jsonl", *scored(1, 2))
+    path = write_jsonl(tmp_path / "data.jsonl", *scored(1, 2))
     stage.train(copg, *FLAGS, "--data", path, "--prompts", 1, "--steps", 1)
     assert [r.prompt for r in stage.test_task.records] == ["0+0="] and len(stage.updates) == 1
 
@@ -697,7 +583,7 @@ def test_a_single_record_is_trained_on_and_held_out(stage, tmp_path):
 def test_no_prompt_is_trained_on_and_held_out(tmp_path):
     """Two records of each of twelve prompts, the first ones thrice."""
     lines = [{"prompt": f"{i // 2 % 12}", "completions": ["b", "c"]} for i in range(30)]
-    records = read_records(write(tmp_path / "data.jsonl", *lines))
+    records = read_records(write_jsonl(tmp_path / "data.jsonl", *lines))
     held_out = [record.prompt for record in records if record.held_out]
     assert held_out == ["0", "0", "10", "10", "0", "0"]
     assert not {r.prompt for r in records if not r.held_out} & set(held_out)
@@ -713,11 +599,11 @@ class Letters(ManyAs):
         return sum(c in "abcdefghijklmnopqrstuvwxyz" for c in completion) / 3
 
 
-@pytest.mark.parametrize("where", [["--pairs", 512], ["--online"]])
+@pytest.mark.parametrize("where", [["--pairs", 256], ["--online"]])
 def test_training_raises_the_reward(tmp_path, monkeypatch, model_dirs, where):
     """Offline, on completions of the reference alone, and online."""
-    more = ["--task", "x", "--lr", 5e-3, "--beta", 0.02, "--completions", 4, "--max-new-tokens", 3]
-    more += ["--prompts", 32, "--steps", 40, "--eval-problems", 200, "--eval-every", 40, *where]
+    more = ["--task", "x", "--lr", 1e-2, "--beta", 0.02, "--completions", 4, "--max-new-tokens", 3]
+    more += ["--prompts", 16, "--steps", 20, "--eval-problems", 100, "--eval-every", 20, *where]
     run, _ = run_script(copg, tmp_path, monkeypatch, model_dirs["qwen2"], Letters(), *more)
     rows = metrics(run)
     assert rows[0]["eval_kl"] == pytest.approx(0, abs=1e-4)  # the policy is the reference

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import ManyAs, close, naive_logprobs
+from helpers import ManyAs, close, make_model, naive_logprobs, write_around, write_jsonl
 from PIL import Image
-from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForMaskedLM
 
 import common
 import copg
@@ -32,11 +32,6 @@ TURNS = [
     {"role": "user", "content": "2+2?"},
 ]
 RENDERED = "[system]Be brief.\n[user]1+1?\n[assistant]2\n[user]2+2?\n[assistant]"
-
-
-def write(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
 
 
 def answer(text):
@@ -75,7 +70,7 @@ def test_messages_go_through_the_template_as_they_are(chat, tmp_path, name, in_p
     if in_parts:
         parts = [[{"type": "text", "text": x} for x in turn["content"]] for turn in TURNS]
         turns = [turn | {"content": part} for turn, part in zip(TURNS, parts, strict=True)]
-    path = write(tmp_path / "a.jsonl", {name: turns, "answer": 4})
+    path = write_jsonl(tmp_path / "a.jsonl", {name: turns, "answer": 4})
     task = make_task(path)
     (prompt,) = get_prompts(task, [0])
     assert task.observation_space.contains(prompt)
@@ -89,10 +84,10 @@ def test_messages_go_through_the_template_as_they_are(chat, tmp_path, name, in_p
 
 def test_a_prompt_counts_before_messages_and_equal_messages_are_held_out_together(tmp_path):
     both = {"prompt": "a", "messages": [{"role": "user", "content": "b"}], "answer": 1}
-    assert make_task(write(tmp_path / "a.jsonl", both)).reset(seed=0)[0] == "a"
+    assert make_task(write_jsonl(tmp_path / "a.jsonl", both)).reset(seed=0)[0] == "a"
     turns = [{"role": "user", "content": f"{i // 2}"} for i in range(40)]
     lines = [{"messages": [turn], "answer": 1} for turn in turns]
-    train, test = make_tasks(write(tmp_path / "b.jsonl", *lines), None)
+    train, test = make_tasks(write_jsonl(tmp_path / "b.jsonl", *lines), None)
     numbers = [
         {prompt[0]["content"] for prompt in get_prompts(task, range(task.unwrapped.size))}
         for task in (train, test)
@@ -103,7 +98,7 @@ def test_a_prompt_counts_before_messages_and_equal_messages_are_held_out_togethe
 def test_messages_need_a_template(small, tmp_path, model_dirs):
     with pytest.raises(UserError, match="messages, which needs a chat template"):
         encode_prompts(*small, [TURNS], 8)
-    path = write(tmp_path / "a.jsonl", {"prompt": TURNS, "answer": 4})
+    path = write_jsonl(tmp_path / "a.jsonl", {"prompt": TURNS, "answer": 4})
     with pytest.raises(UserError, match=r"a.jsonl, line 1: .* needs a chat template"):
         train(gpg, model_dirs["qwen2"], tmp_path / "run", "--task", path)
 
@@ -121,12 +116,12 @@ def test_preferences_as_conversations(chat, tmp_path, where):
     line = {"chosen": [*context, answer("4")], "rejected": [*context, answer("5")]}
     if where != "in completions":
         line["prompt"] = "2+2?" if where == "beside as a text" else TURNS
-    (record,) = read_records(write(tmp_path / "a.jsonl", line))
+    (record,) = read_records(write_jsonl(tmp_path / "a.jsonl", line))
     assert record.completions == ["4", "5"] and record.rewards == [0.25, -0.25]
     assert record.prompt == ("2+2?" if where == "beside as a text" else TURNS)
     scored = {"completions": [line["rejected"], line["chosen"]], "rewards": [1, 2]}
     line = scored | ({"prompt": line["prompt"]} if "prompt" in line else {})
-    (record,) = read_records(write(tmp_path / "b.jsonl", line))
+    (record,) = read_records(write_jsonl(tmp_path / "b.jsonl", line))
     assert record.completions == ["5", "4"] and record.rewards == [1, 2]
     record.ends = [256, 256]
     rollout = encode(*chat, [record])
@@ -134,40 +129,35 @@ def test_preferences_as_conversations(chat, tmp_path, where):
     assert prompt == (RENDERED if where != "beside as a text" else "[user]2+2?\n[assistant]")
 
 
+FOUR, FIVE = [*TURNS, answer("4")], [*TURNS, answer("5")]
+SCORED = {"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2]}
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
-        (
-            {"chosen": [*TURNS, answer("4")], "rejected": [*TURNS[1:], answer("5")]},
-            "do not answer the same prompt",
-        ),
-        (
-            {"completions": [[*TURNS, answer("4")]] * 2 + [[*TURNS[1:], answer("5")]]},
-            "do not answer the same prompt",
-        ),
-        (
-            {"chosen": [*TURNS, answer("4")], "rejected": [*TURNS, answer("5")], "prompt": "3+3?"},
-            "do not begin with its prompt",
-        ),
+        ({"chosen": FOUR, "rejected": FIVE[1:]}, "do not answer the same prompt"),
+        ({"completions": [FOUR, FOUR, FIVE[1:]]}, "do not answer the same prompt"),
+        ({"chosen": FOUR, "rejected": FIVE, "prompt": "3+3?"}, "do not begin with its prompt"),
         ({"chosen": TURNS, "rejected": TURNS}, "does not end with a turn of the assistant"),
         ({"chosen": [answer("4")], "rejected": [answer("5")]}, "needs a text under 'prompt'"),
         ({"prompt": "a", "chosen": [answer("4")], "rejected": "5"}, "neither a text nor a list"),
         ({"prompt": "a", "chosen": "b", "rejected": []}, "neither a text nor a list"),
         ({"prompt": "a", "chosen": [], "rejected": []}, "needs at least one message"),
-        ({"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2], "ends": [1, -5]}, "'ends'"),
-        ({"prompt": "a", "completions": ["b", "c"], "rewards": [1, 2], "ends": [1, 1.5]}, "'ends'"),
+        (SCORED | {"ends": [1, -5]}, "'ends'"),
+        (SCORED | {"ends": [1, 1.5]}, "'ends'"),
     ],
 )
 def test_conversations_that_do_not_fit_together(tmp_path, line, message):
     with pytest.raises(UserError, match=f"a.jsonl, line 1: .*{message}"):
-        read_records(write(tmp_path / "a.jsonl", line))
+        read_records(write_jsonl(tmp_path / "a.jsonl", line))
 
 
 @pytest.mark.parametrize("script", [gpg, grpo, copg])
 def test_scripts_train_on_chat_data(script, chat_dir, tmp_path):
     """On messages, with a system turn before those that have none."""
     lines = [{"messages": [{"role": "user", "content": f"{i}?"}], "answer": i} for i in range(20)]
-    path, out = write(tmp_path / "a.jsonl", *lines), tmp_path / "run"
+    path, out = write_jsonl(tmp_path / "a.jsonl", *lines), tmp_path / "run"
     flags = ["--task", path, "--system", "Be brief."]
     if script is copg:
         flags += ["--pairs", 4]
@@ -236,10 +226,7 @@ def test_the_token_0_may_end_a_completion(small):
 def test_a_prompt_has_no_end(small, model_dirs):
     """Some tokenizers write an EOS after every text."""
     model, tokenizer = small
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|pad|> $A <|endoftext|> <|pad|>",
-        special_tokens=[("<|pad|>", 257), ("<|endoftext|>", 256)],
-    )
+    write_around(tokenizer, "<|pad|> $A <|endoftext|> <|pad|>")
     assert tokenizer.decode(tokenizer("1").input_ids) == "<|pad|>1<|endoftext|><|pad|>"
     ids, mask, _ = encode_prompts(model, tokenizer, ["1", "23"], 4)
     texts = [tokenizer.decode(row[m]) for row, m in zip(ids, mask, strict=True)]
@@ -269,7 +256,7 @@ def test_special_tokens_reach_the_reward(small, monkeypatch):
 def test_records_that_do_not_fit_are_named_and_left_out(model_dirs, tmp_path, capsys):
     lengths = {2: 300, 5: 250, 11: 256}
     lines = [{"prompt": "1" * lengths.get(i, 3 + i), "answer": 1} for i in range(1, 21)]
-    path, out = write(tmp_path / "a.jsonl", *lines), tmp_path / "run"
+    path, out = write_jsonl(tmp_path / "a.jsonl", *lines), tmp_path / "run"
     run = train(gpg, model_dirs["qwen2"], out, "--task", path, "--save-every", 1)
     said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(said) == 2  # line 11 is held out
@@ -279,14 +266,14 @@ def test_records_that_do_not_fit_are_named_and_left_out(model_dirs, tmp_path, ca
     assert problem < 10**7 + 18  # the second run went beyond a pass
     lines = [{"prompt": "1" * 300, "answer": 1}] * 30
     with pytest.raises(UserError, match=r"no record is left: .*bad.jsonl, line 1: .*300 tokens"):
-        bad = write(tmp_path / "bad.jsonl", *lines)
+        bad = write_jsonl(tmp_path / "bad.jsonl", *lines)
         train(grpo, model_dirs["qwen2"], tmp_path / "other", "--task", bad)
     assert not list((tmp_path / "other").iterdir())
 
 
 def test_at_most_ten_lines_are_named(model_dirs, tmp_path, capsys):
     lines = [{"prompt": "1" * (3 if i % 2 else 300), "answer": 1} for i in range(30)]
-    path = write(tmp_path / "a.jsonl", *lines)
+    path = write_jsonl(tmp_path / "a.jsonl", *lines)
     train(gpg, model_dirs["qwen2"], tmp_path / "run", "--task", path, "--eval-task", "add")
     said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(said) == 1 and said[0].startswith("15 of 30 records left out: lines 1, 3, 5, 7, 9, ")
@@ -340,10 +327,11 @@ def test_equal_rewards_are_said(small, capsys):
 
 
 def test_an_eval_task_leaves_all_files_whole(model_dirs, tmp_path, monkeypatch):
-    mine, other = (
-        write(tmp_path / f"{x}.jsonl", *({"prompt": f"{x} {i}", "answer": i} for i in range(20)))
-        for x in ("mine", "other")
-    )
+    paths = []
+    for name in ("mine", "other"):
+        lines = [{"prompt": f"{name} {i}", "answer": i} for i in range(20)]
+        paths.append(write_jsonl(tmp_path / f"{name}.jsonl", *lines))
+    mine, other = paths
     tasks = make_tasks(mine, other)
     for task, name in zip(tasks, ("mine", "other"), strict=True):
         found = {x.rpartition(" ")[2] for x in get_prompts(task, range(20)) if x.startswith(name)}
@@ -360,23 +348,23 @@ def test_an_eval_task_leaves_all_files_whole(model_dirs, tmp_path, monkeypatch):
     assert {task.unwrapped.size for task in seen} == {20}
 
 
-def test_copg_evaluates_on_another_task_and_trains_on_all_of_its_data(model_dirs, tmp_path):
+def test_copg_evaluates_on_another_task_and_trains_on_all_of_its_data(
+    model_dirs, tmp_path, monkeypatch
+):
     lines = [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(4)]
-    path = write(tmp_path / "a.jsonl", *lines)
+    path = write_jsonl(tmp_path / "a.jsonl", *lines)
     run = train(copg, model_dirs["qwen2"], tmp_path / "run", "--data", path, "--eval-task", "add")
     samples = [json.loads(x) for x in (run.dir / "samples.jsonl").read_text().splitlines()]
     assert all("+" in sample["prompt"] and "reward" in sample for sample in samples)
-    flags = ["--resume", str(run.dir), "--steps", "4"]
-    data, seen, real = [], set(), copg.encode
-    copg.encode = lambda model, tokenizer, records: (
-        seen.update(r.prompt for r in records),
-        real(model, tokenizer, records),
-    )[1]
-    try:
-        copg.train(copg.parse_args(flags))
-    finally:
-        copg.encode = real
-    assert not data and seen == {"0", "1", "2", "3"}
+    seen = set()
+
+    def encode_and_note(model, tokenizer, records):
+        seen.update(record.prompt for record in records)
+        return encode(model, tokenizer, records)
+
+    monkeypatch.setattr(copg, "encode", encode_and_note)
+    copg.train(copg.parse_args(["--resume", str(run.dir), "--steps", "4"]))
+    assert seen == {"0", "1", "2", "3"}
 
 
 @pytest.mark.parametrize("script, name", [(gpg, "task"), (gpg, "eval-task"), (copg, "data")])
@@ -384,7 +372,7 @@ def test_data_that_changed_are_not_resumed(model_dirs, tmp_path, script, name):
     lines = [{"prompt": f"{i}", "answer": 1} for i in range(20)]
     if script is copg:
         lines = [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(20)]
-    path, out = write(tmp_path / "a.jsonl", *lines), tmp_path / "run"
+    path, out = write_jsonl(tmp_path / "a.jsonl", *lines), tmp_path / "run"
     train(script, model_dirs["qwen2"], out, f"--{name}", path)
     resume = script.parse_args(["--resume", str(out), "--steps", "3"])
     if script is copg:  # its own copy counts; the file that was given need not be there any more
@@ -394,7 +382,7 @@ def test_data_that_changed_are_not_resumed(model_dirs, tmp_path, script, name):
         changed = path.read_text().replace('"a"', '"c"', 1)
         path.write_text(changed)
     else:
-        write(tmp_path / "a.jsonl", *lines[:-1], lines[-1] | {"answer": 2})
+        write_jsonl(tmp_path / "a.jsonl", *lines[:-1], lines[-1] | {"answer": 2})
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match="run: its data have changed since it was begun"):
         script.train(resume)
@@ -459,40 +447,31 @@ def test_a_picture_is_read_as_a_viewer_shows_it(tmp_path):
             read_image(str(path), "x")
 
 
+PARTS = [{"type": "image"}, {"type": "text", "text": "what?"}]
+
+
 @pytest.mark.parametrize(
     "record",
     [
         {"prompt": "<image>what?", "images": ["a.png"]},
         {"prompt": "what?", "image": "a.png", "images": None},
         {"messages": [{"role": "user", "content": "<image>\nwhat?"}], "images": ["a.png"]},
-        {
-            "prompt": [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
-            ],
-            "images": ["a.png"],
-        },
+        {"prompt": [{"role": "user", "content": PARTS}], "images": ["a.png"]},
     ],
 )
 def test_one_picture_in_a_list(tmp_path, record):
     pixels = np.random.default_rng(0).integers(256, size=(5, 6, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    task = make_task(write(tmp_path / "a.jsonl", record | {"answer": 1}))
+    task = make_task(write_jsonl(tmp_path / "a.jsonl", record | {"answer": 1}))
     (prompt,) = get_prompts(task, [0])
     assert prompt["text"] == "what?" and np.array_equal(prompt["image"], pixels)
     line = record | {"chosen": "a", "rejected": "b"}
-    (read,) = read_records(write(tmp_path / "b.jsonl", line))
+    (read,) = read_records(write_jsonl(tmp_path / "b.jsonl", line))
     assert read.prompt["text"] == "what?" and read.prompt["image"].endswith("a.png")
 
 
-def test_models_that_see_the_future_are_refused(tmp_path, model_dirs):
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    _, tokenizer = common.load_model(model_dirs["qwen2"], "cpu")
-    tokenizer.save_pretrained(tmp_path / "bert")
+def test_models_that_see_the_future_are_refused(tmp_path, small):
+    for part in (make_model("bert", AutoModelForMaskedLM), small[1]):
+        part.save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match="it is not causal"):
         common.load_model(str(tmp_path / "bert"), "cpu")

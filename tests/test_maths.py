@@ -8,6 +8,7 @@ import urllib.error
 
 import pytest
 import torch
+from helpers import write_jsonl
 
 from tasks import UserError, cache_dir, get_rewards, make_task, maths
 
@@ -32,7 +33,7 @@ FILES = {  # task: a record of its form, the problem, the answer
 def put(task, split, *records):
     path = cache_dir() / ("math" if task == "math500" else task) / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_jsonl(path, *records)
 
 
 @pytest.fixture(autouse=True)
@@ -83,15 +84,7 @@ def test_a_tolerance():
     rewards = get_rewards(task, [0], ["\\boxed{5, 3}", "\\boxed{3}", "\\boxed{5}"])[0]
     assert rewards.tolist() == [[1, 0, 0]]
     put("olympiadbench", "test", record)
-    completions = [
-        "\\boxed{4.2}",
-        "\\boxed{4.3\\%}",
-        "\\boxed{4.11}",
-        "\\boxed{4.31}",
-        "4.0",
-        "",
-        "x",
-    ]
+    completions = [r"\boxed{4.2}", r"\boxed{4.3\%}", r"\boxed{4.11}", r"\boxed{4.31}", "4", "", "x"]
     rewards = get_rewards(make_task("olympiadbench", "test"), [0], completions)[0]
     assert rewards.tolist() == [[1, 1, 1, 0, 0, 0, 0]]
 

@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -30,7 +31,7 @@ import copg
 import gpg
 import grpo
 import run as run_module
-from run import Run, plain_errors
+from run import Run, learning_rate, plain_errors
 from tasks import TextTask, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,12 +78,12 @@ def run(script, argv):
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
-def child(script, argv, log, die=None, disk=None, watch=None):
+def child(script, argv, log, die=None, disk=None, watch=None, draw=False):
     """The same in a process of its own, as `python script` does it.
 
     die=(event, name, n): it kills itself just before the n-th such event of Python's audit hooks on
     a file of this name (None: on any file). disk: no file can be larger. watch: the directory of a
-    run that must have a whole checkpoint before every change of any file.
+    run that must have a whole checkpoint before every change of any file. draw: the curves, too.
     """
     torch.set_num_threads(1)
     os.chdir(ROOT)
@@ -109,6 +110,8 @@ def child(script, argv, log, die=None, disk=None, watch=None):
         save(run)
 
     Run.save = remember
+    if not draw:
+        run_module.draw_curves = lambda runs, path: path.touch()
     sys.addaudithook(hook)
     sys.argv = [script, *argv]
     runpy.run_path(script, run_name="__main__")
@@ -157,8 +160,6 @@ def one_thread(monkeypatch):
     monkeypatch.chdir(ROOT)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the forked processes: results are compared bit for bit
-    # Drawing takes longer than such a run; the forked processes do draw.
-    monkeypatch.setattr(run_module, "draw_curves", lambda runs, path: path.touch())
     yield
     torch.set_num_threads(threads)
 
@@ -175,7 +176,8 @@ def whole(start, model, tmp_path_factory):
     for script in SCRIPTS:
         runs[script] = tmp_path_factory.mktemp("whole") / "run"
         argv = flags(script, model, runs[script])
-        finish(start(script, argv, runs[script], watch=runs[script]), runs[script])
+        process = start(script, argv, runs[script], watch=runs[script], draw=True)
+        finish(process, runs[script])
     return runs
 
 
@@ -203,6 +205,21 @@ def assert_same(out, other, why=""):
 
 def contents(folder):
     return {p: (p.is_file() and p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+# ---- the learning rate ----
+
+
+def test_learning_rate():
+    def rate(step, schedule, steps=100, warmup=4):
+        args = SimpleNamespace(steps=steps, lr=2.0, warmup=warmup, schedule=schedule)
+        return learning_rate(step, args)
+
+    assert [rate(s, "constant") for s in (1, 2, 4, 5, 100)] == [0.5, 1, 2, 2, 2]
+    assert rate(52, "cosine") == pytest.approx(1.0)
+    assert rate(28, "cosine") == pytest.approx(1 + math.sqrt(0.5))
+    assert rate(100, "cosine") == pytest.approx(0.0, abs=1e-12)
+    assert rate(1, "cosine", 1, 0) == pytest.approx(0.0, abs=1e-12)
 
 
 # ---- what a run leaves ----
@@ -364,10 +381,8 @@ def test_flags_beside_resume(whole, model):
     out = whole["gpg.py"]
     for more in (
         ["--lr", "5"], ["--beta-th", "0.5"], ["--prompts", "16"], ["--model", "tiny"],
-        ["--seed", "1"], ["--out", "elsewhere"], ["--no-alpha"], ["--save-every", "2"],
+        ["--seed", "1"], ["--no-alpha"], ["--save-every", "2"],
     ):  # fmt: skip
-        if more[0] == "--out":
-            continue  # the run stays where it is
         with pytest.raises(UserError, match=f"{more[0]} .* contradicts --resume .*run, where it"):
             gpg.parse_args(["--resume", str(out), "--steps", "9", *more])
     same = flags("gpg.py", model, out, "--resume", out, "--steps", 7)
@@ -598,29 +613,19 @@ def test_damaged_runs(whole, tmp_path, capsys):
         path = out / name
         data = path.read_bytes()
         path.unlink() if damaged is None else path.write_bytes(damaged)
-        before = files(out)
         more = [] if "many" in part else ["--steps", 9]
-        refused("gpg.py", ["--resume", out, *more], capsys, part)
-        assert files(out) == before, (name, damaged)
+        refused_and_untouched("gpg.py", ["--resume", out, *more], out, capsys, part)
         path.write_bytes(data)
     shutil.rmtree(out / "checkpoint")
-    before = files(out)
-    refused("gpg.py", ["--resume", out, "--steps", 9], capsys, "checkpoint is gone; start another")
-    assert files(out) == before
-
-
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    argv, said = ["--resume", out, "--steps", 9], "checkpoint is gone; start another"
+    refused_and_untouched("gpg.py", argv, out, capsys, said)
 
 
 def test_a_finished_run(whole, capsys):
-    out, before = whole["gpg.py"], files(whole["gpg.py"])
+    out, said = whole["gpg.py"], "step 6 is done; --steps must be higher"
     for more in ([], ["--steps", 6], ["--steps", 2]):
-        refused(
-            "gpg.py", ["--resume", out, *more], capsys, "step 6 is done; --steps must be higher"
-        )
+        refused_and_untouched("gpg.py", ["--resume", out, *more], out, capsys, said)
     refused("gpg.py", ["--resume", out.parent / "none"], capsys, "--resume", "none")
-    assert files(out) == before
 
 
 # ---- what can go wrong on the way ----
@@ -757,20 +762,19 @@ def test_help_lists_the_flags(script, start, tmp_path):
     assert listed == ranged | others
 
 
-def command(cwd, *argv):
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+def command(cwd, *argv, **environment):
+    """A new process, which has imported nothing; one of each script."""
+    environment |= {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, argv)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 
-@every_script
-def test_command_line(script, whole, model, tmp_path):
-    argv = flags(script, model, tmp_path / "run", "--steps", 2)
-    result = command(ROOT, script, *argv)
+def test_command_line(whole, model, tmp_path):
+    result = command(ROOT, "grpo.py", *flags("grpo.py", model, tmp_path / "run", "--steps", 2))
     assert result.returncode == 0, result.stderr
-    assert rows(tmp_path / "run") == rows(whole[script])[:3]
+    assert rows(tmp_path / "run") == rows(whole["grpo.py"])[:3]
     assert "2 of 2 steps" in result.stdout and "loss=" in result.stderr
 
 
@@ -789,16 +793,13 @@ def test_an_error_in_the_users_task_shows_its_traceback(model, tmp_path):
     assert "len(open(" in shown and "No such file or directory: '/no/such/file'" in shown
 
 
-def test_without_locks_and_without_matplotlib(model, tmp_path):
+def test_without_locks_and_without_matplotlib(whole, model, tmp_path):
     """Windows has no fcntl. A notebook's backend is not there in a script."""
     code = "import common, runpy, sys; sys.modules['fcntl'] = None; "
     code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    argv = flags("gpg.py", model, tmp_path / "run", "--steps", 1, "--task", "add")
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-    try:
-        result = command(ROOT, "-c", code, "gpg.py", *argv)
-    finally:
-        del os.environ["MPLBACKEND"]
+    argv = flags("copg.py", model, tmp_path / "run")
+    backend = "module://matplotlib_inline.backend_inline"
+    result = command(ROOT, "-c", code, "copg.py", *argv, MPLBACKEND=backend)
     assert result.returncode == 0, result.stderr
-    assert "1 of 1 steps" in result.stdout
+    assert "6 of 6 steps" in result.stdout and rows(tmp_path / "run") == rows(whole["copg.py"])
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000

@@ -1,6 +1,5 @@
 """The tasks, the Gymnasium contract, files, and the tiny models' cache."""
 
-import json
 import math
 import random
 import warnings
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from helpers import write_jsonl
 
 import common
 from tasks import (
@@ -394,21 +394,16 @@ def test_where_a_task_of_ones_own_fails_is_said_and_its_exception_is_seen(failur
 # ---- files ----
 
 
-def write(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
 @pytest.fixture
 def gsm8k_files(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (cache_dir() / "gsm8k").mkdir(parents=True)
     for split, n in (("train", 20), ("test", 5)):
         records = [
             {"question": f"{split}: {i} and 1?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n"
              f"#### {i + 1}"} for i in range(n)
         ]  # fmt: skip
-        write(cache_dir() / "gsm8k" / f"{split}.jsonl", records)
+        write_jsonl(cache_dir() / "gsm8k" / f"{split}.jsonl", *records)
 
 
 def test_gsm8k(gsm8k_files):
@@ -431,47 +426,29 @@ def test_gsm8k(gsm8k_files):
     assert held_out(make_task("add", "test"), 66, 5) == [list(range(5, 69)), [69, 70]]
 
 
-def test_gsm8k_is_downloaded_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fetched = []
-
-    def download(url, path, hash_prefix):
-        fetched.append(url.rpartition("/")[2])
-        if len(fetched) == 1:
-            raise OSError("no route")
-        write(Path(path), [{"question": "1+1?", "answer": "#### 2"}])
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(UserError, match=r"\(no route\): put it into .*gsm8k as test.jsonl$"):
-        make_task("gsm8k", "test")
-    for _ in range(2):
-        assert make_task("gsm8k", "test").unwrapped.problem(0)[1] == "2"
-    assert fetched == ["test.jsonl", "test.jsonl"]
+RECORDS = [{"prompt": f"p{i}", "answer": i} for i in range(30)]
 
 
 def test_one_file_is_split(tmp_path):
-    path = write(tmp_path / "mine.jsonl", [{"prompt": f"p{i}", "answer": i} for i in range(30)])
+    path = write_jsonl(tmp_path / "mine.jsonl", *RECORDS)
     train, test = (make_task(path, split) for split in ("train", "test"))
     assert [test.problem(i)[0] for i in range(3)] == ["p0", "p10", "p20"]
     assert {train.problem(i)[0] for i in range(27)} == {f"p{i}" for i in range(30) if i % 10}
     assert test.problem(1) == ("p10", "10") and (train.size, test.size) == (27, 3)
     twice = [{"prompt": f"p{i % 15}", "answer": i} for i in range(30)]
-    train, test = (make_task(write(tmp_path / "twice.jsonl", twice), x) for x in ("train", "test"))
-    assert [test.problem(i) for i in range(4)] == [
-        ("p0", "0"),
-        ("p10", "10"),
-        ("p0", "15"),
-        ("p10", "25"),
-    ]
+    path = write_jsonl(tmp_path / "twice.jsonl", *twice)
+    train, test = (make_task(path, split) for split in ("train", "test"))
+    problems = [test.problem(i) for i in range(4)]
+    assert problems == [("p0", "0"), ("p10", "10"), ("p0", "15"), ("p10", "25")]
     assert (train.size, test.size) == (26, 4)
-    only = write(tmp_path / "only.jsonl", [{"prompt": "p", "answer": "Apollo 11"}])
+    only = write_jsonl(tmp_path / "only.jsonl", {"prompt": "p", "answer": "Apollo 11"})
     assert make_task(only).problem(0) == make_task(only, "test").problem(0) == ("p", "Apollo 11")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 99, 200, 10**6])
 def test_a_pass_is_a_pass(seed, tmp_path):
     """Counted from where a run starts, each one has every record once, in an order of its own."""
-    path = write(tmp_path / "mine.jsonl", [{"prompt": f"p{i}", "answer": i} for i in range(30)])
+    path = write_jsonl(tmp_path / "mine.jsonl", *RECORDS)
     task, first = make_task(path), first_problem(seed)
     assert task.size == 27
     passes = [[task.problem(first + 27 * k + i)[0] for i in range(27)] for k in range(4)]
@@ -494,7 +471,7 @@ def test_null_counts_as_absent(tmp_path):
         {"prompt": "a", "question": None, "answer": 1, "image": None, "images": None},
         {"prompt": None, "question": "b", "answer": 2},
     ]
-    path = write(tmp_path / "mine.jsonl", records)
+    path = write_jsonl(tmp_path / "mine.jsonl", *records)
     assert [(r.prompt, r.answer) for r in read_records(path)] == [("a", "1"), ("b", "2")]
 
 
@@ -684,9 +661,9 @@ def test_fit_is_adamw_with_clipped_gradients_warm_up_and_a_cosine():
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """An empty cache, and warm starts of two steps."""
+    """An empty cache, and warm starts of two small steps."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(tiny.WARM_START, "steps", 2)
+    monkeypatch.setattr(tiny, "WARM_START", tiny.WARM_START | {"steps": 2, "tokens_per_step": 100})
 
 
 def test_tiny_is_made_once(quick):

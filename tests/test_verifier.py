@@ -114,8 +114,8 @@ WRONG = {  # answer: completions
     "78": [r"\boxed{\frac78}"],
     "8.6": [r"\boxed{4\frac{3}{5}}"],
     "2.4": [r"\boxed{4\frac{3}{5}}"],
-    "123456789012345678901234567890": ["#### 123456789012345678901234567891"],  # float: equal
-    "0.3": ["#### 0.30000000000000004"],
+    "123456789012345678901234567890": ["#### 123456789012345678901234567891"],
+    "0.3": ["#### 0.30000000000000004", "#### 0.30000000000000000001"],  # float: equal
     "100": ["#### 1,00", "#### 10**2"],
     "0": ["#### 1/0", r"\boxed{5x-7y=0}", r"\boxed{1-1}"],
     "12": [r"\boxed{1 2}", r"\boxed{1, 2}"],
@@ -189,13 +189,13 @@ def test_the_extracted_answer():
         "\\text{", "\\(", "$\\", "(1,",
     ],
 )  # fmt: skip
-def test_a_megabyte_of_anything_takes_linear_time(piece):
-    text = piece * (10**6 // len(piece))
+def test_a_long_text_of_anything_takes_linear_time(piece):
+    text = piece * (200_000 // len(piece))
     start = time.process_time()
     for completion in (text, "\\boxed{" + text, "\\boxed{" + text[:400] + "}"):
         is_correct(completion, "72")
     is_correct("#### " + text, text)
-    assert time.process_time() - start < 30  # a quadratic rule would take hours
+    assert time.process_time() - start < 10  # a quadratic rule would take minutes
 
 
 def test_an_exponent_is_never_written_out():
@@ -208,13 +208,11 @@ def test_an_exponent_is_never_written_out():
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "9^{9^{9^{9}}}", "9999999999!", "(" * 240 + "x" + ")" * 240, "{" * 240 + "x" + "}" * 240,
-        r"\sum_{i=1}^{10^{9}} i^{i}", "\x00x", "\ud800x", "\\",
-    ],
-    ids=ascii,
-)  # fmt: skip
+    ["9^{9^{9^{9}}}", "(" * 240 + "x" + ")" * 240, "\x00x", "\ud800x", "\\"],
+    ids=lambda text: ascii(text)[:20],
+)
 def test_mathematics_without_an_end_is_wrong_in_time(text):
+    """Not even one that is stuck in a single operation on integers, or in the parser."""
     start = time.perf_counter()
     assert not is_correct(rf"so $\boxed{{{text} }}$", "x+1")
     assert is_correct(text, text)
@@ -238,11 +236,11 @@ def test_threads_get_their_own_verdicts():
     def judge(i):
         verdicts[i] = [is_correct(rf"\boxed{{{j}+x^{i}}}", f"x^{i}+{i}") for j in range(4)]
 
-    threads = [threading.Thread(target=judge, args=(i,)) for i in range(4)]
+    threads = [threading.Thread(target=judge, args=(i,), daemon=True) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)  # a verdict that another thread took never comes
     assert verdicts == {i: [j == i for j in range(4)] for i in range(4)}
 
 

@@ -1,8 +1,7 @@
 """A stage on which the scripts train: a policy simple enough to compute by hand, everything
-recorded. The tests of each script check what is recorded; here are those of the shared parts."""
+recorded. The tests of each script check what is recorded."""
 
 import json
-import math
 import statistics
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -16,13 +15,14 @@ import common
 import copg
 import gpg
 import grpo
-import run as run_module
 from common import Rollout
 from tasks import TextTask, first_problem
 from tasks.prompts import encode_prompts
 from tasks.tiny import tiny_tokenizer
 
 V = 258
+
+OTHER_FLAGS = ["--no-chat-template", "--system", "Be brief.", "--grad-checkpointing"]
 
 
 class Bigrams(torch.nn.Module):
@@ -111,7 +111,6 @@ class Stage:
             for name in (*names, "evaluate"):
                 if hasattr(module, name) and (module, name) != (copg, "evaluate"):
                     monkeypatch.setattr(module, name, getattr(self, name))
-        monkeypatch.setattr(run_module, "draw_curves", lambda *_: None)  # slow
 
     def make_task(self, name, split="train"):
         self.tasks.append((name, split))
@@ -137,14 +136,10 @@ class Stage:
         valid = self.plan.pop(0) if self.plan else [True] * len(prompts)
         rewards = torch.randn(len(prompts), group_size)
         rewards[~torch.tensor(valid).bool()] = -1
-        call = {
-            "prompts": prompts,
-            "group_size": group_size,
-            "T": T + 1,
-            "temperature": temperature,
-        }
-        call |= {"seed": torch.initial_seed(), "model": model, "first": len(self.samples)}
-        texts = [f"{r:.2f} {call['first']}.{i}" for i, r in enumerate(rewards.flatten().tolist())]
+        call = {"model": model, "prompts": prompts, "group_size": group_size}
+        call |= {"T": max_new_tokens, "temperature": temperature, "seed": torch.initial_seed()}
+        n = len(self.samples)  # no two texts are equal
+        texts = [f"{r:.2f} {n}.{i}" for i, r in enumerate(rewards.flatten().tolist())]
         prompt = encode_prompts(model, tokenizer, prompts, T)[:2]
         prompt = [x.repeat_interleave(group_size, 0) for x in prompt]
         ids, lengths = torch.randint(200, (N, T)), torch.randint(1, T + 1, (N, 1))
@@ -261,15 +256,3 @@ class Stage:
             assert model is self.models[0] and tokenizer is self.tokenizer
             assert split == "test" and args is self.args
             assert all(name in row for name in columns)
-
-
-def test_learning_rate():
-    def rate(step, schedule, steps=100, warmup=4):
-        args = SimpleNamespace(steps=steps, lr=2.0, warmup=warmup, schedule=schedule)
-        return run_module.learning_rate(step, args)
-
-    assert [rate(s, "constant") for s in (1, 2, 4, 5, 100)] == [0.5, 1, 2, 2, 2]
-    assert rate(52, "cosine") == pytest.approx(1.0)
-    assert rate(28, "cosine") == pytest.approx(1 + math.sqrt(0.5))
-    assert rate(100, "cosine") == pytest.approx(0.0, abs=1e-12)
-    assert rate(1, "cosine", 1, 0) == pytest.approx(0.0, abs=1e-12)
