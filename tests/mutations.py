@@ -419,6 +419,11 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('half a batch is kept', 'extras/evaluate.py', 'if not all((name, problem) in rows for problem in batch):', 'if False:', 'evaluate'),
     ('greedy completions count as samples', 'extras/evaluate.py', '[row for row in rows if not row["greedy"]]', 'rows', 'evaluate'),
     ('other settings, same directory', 'extras/evaluate.py', 'if old["settings"] != settings:', 'if False:', 'evaluate'),
+    ('GRPO: truncated flags of the first rows', 'grpo.py', '~rollout.truncated.cpu()[chosen]', '~rollout.truncated.cpu()[: len(chosen)]', 'grpo'),
+    ('CoPG: --warmup 0 is taken for none', 'copg.py', 'if args.warmup is None else args.warmup', 'if not args.warmup else args.warmup', 'copg'),
+    ('a cap that hardly acts is overlooked', 'common.py', 'torch.equal(logits, model(**inputs).logits)', 'torch.allclose(logits, model(**inputs).logits)', 'sampling'),
+    ('seconds add up', 'run.py', '                    self.start = time.perf_counter()\n', '', 'runs'),
+    ('ranked pairs of one arm have no weight', 'bandit_toy.py', '(margin.sign() + 1) / 2', '(margin > 0).double()', 'bandit'),
 ]  # fmt: skip
 
 

@@ -284,6 +284,9 @@ def test_limits_with_ranked_labels():
     close(found, f64((0.4576, 0.3902, 0.1522)), 1e-4)
     assert float(regret(found)) == pytest.approx(0.0922, abs=6e-5)
     torch.testing.assert_close(limit("copg", 400, labels="ranked"), optimal_policy())
+    for method in set(LOSSES) - {"ipo", "dpo"}:  # pairs of one arm with itself count, too
+        gradients = [expected_gradient(method, found, labels=x) for x in ("sampled", "ranked")]
+        torch.testing.assert_close(*gradients)
     best_arm = 2.125200 - (2.5 - 0.5 * np.log(3))  # J(pi*) - J(always arm 0) = .1745
     assert float(regret(limit("dpo", labels="ranked"))) == pytest.approx(best_arm, abs=1e-6)
     regrets, logits = [], torch.zeros(3).double()

@@ -261,7 +261,7 @@ def test_everything_that_train_hands_on_offline(stage, tmp_path, K, flags):
     if args.schedule == "cosine":
         rates = [0.01, *(0.01 + 0.01 * math.cos(math.pi * i / 11) for i in range(12))]
     else:  # a tenth of 13 steps, rounded up, to warm up
-        rates = [0.02 if args.warmup == 0 else 0.01, *[0.02] * 12]
+        rates = [0.02 if "--warmup" in flags else 0.01, *[0.02] * 12]
     check(stage, run, rows, [[groups[i] for i in order] for order in orders], rates)
     assert [sample["step"] for sample in samples] == [0, 2, 4, 6, 8, 10, 12, 13]
     assert not {"reward_mean", "entropy", "tokens_per_second"} & rows[-1].keys()

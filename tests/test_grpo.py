@@ -260,8 +260,8 @@ CASES = {  # flags; the valid groups in each round of each step; the groups in e
     ),
     "truncated rows leave the loss": (
         ["--variant", "dapo", "--max-rounds", 1, "--mask-truncated"],
-        [[[1, 1, 1]], [[1, 1, 0]], [[1, 1, 1]]],
-        [[0, 1, 2], [0, 1], [0, 1, 2]],
+        [[[1, 1, 1]], [[0, 1, 1]], [[1, 1, 1]]],
+        [[0, 1, 2], [1, 2], [0, 1, 2]],
     ),
     "truncated rows are no part of N": (
         ["--kl-beta", 0.3, "--mask-truncated"],

@@ -181,12 +181,15 @@ def whole(start, model, tmp_path_factory):
     return runs
 
 
+def rows_with_timings(out):
+    with (out / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def rows(out):
     """metrics.csv without the timings."""
-    with (out / "metrics.csv").open() as file:
-        lines = list(csv.DictReader(file))
     timings = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
+    return [{k: v for k, v in line.items() if k not in timings} for line in rows_with_timings(out)]
 
 
 def assert_same(out, other, why=""):
@@ -694,6 +697,13 @@ def test_a_figure_that_cannot_be_drawn_costs_a_line(model, tmp_path, capsys, mon
     run("gpg.py", flags("gpg.py", model, tmp_path / "run", "--steps", 1))
     out = capsys.readouterr().out
     assert "1 of 1 steps" in out and "no curves.png: ModuleNotFoundError" in out
+
+
+def test_the_seconds_of_a_step_are_its_own(model, tmp_path):
+    start = time.perf_counter()
+    run("gpg.py", flags("gpg.py", model, tmp_path / "run", "--steps", 20, "--eval-every", 20))
+    seconds = [float(row["seconds"]) for row in rows_with_timings(tmp_path / "run")]
+    assert min(seconds) > 0 and sum(seconds) < time.perf_counter() - start
 
 
 def test_in_a_thread_there_are_no_signals(model, tmp_path):
