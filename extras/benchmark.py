@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import gpg
 from run import Parser, plain_errors, positive_int
-from tasks import UserError, get_prompts, get_rewards, make_task
+from tasks import UserError, first_problem, get_prompts, get_rewards, make_task
 from tasks.tiny import tiny_tokenizer
 
 
@@ -121,7 +121,7 @@ def trl_steps() -> float:
     from trl import GRPOConfig, GRPOTrainer
 
     task, seconds = make_task("add"), []
-    problems = list(range(1024))
+    problems = list(range(first_problem(0), first_problem(0) + 1024))
     data = Dataset.from_dict({"prompt": get_prompts(task, problems), "problem": problems})
     model, tokenizer = common.load_model("tiny", "cpu", task)
 
