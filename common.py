@@ -269,28 +269,29 @@ def predicting_states(model, body: Callable, rollout: Rollout) -> Tensor:
     its group. The gradients of these rows accumulate in the prompt.
     """
     r, T = rollout, rollout.completion_ids.shape[1]
+
+    def read(keep: int, ids: Tensor, mask: Tensor, position: Tensor, images=(), cache=None):
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position}
+        inputs |= pictures.model_inputs(images, ids.device)
+        return body(keep, **inputs, cache=cache, use_cache=cache is not None)
+
     completion_ids = pictures.without_image_tokens(model, r.completion_ids)
     _, prompt_of, sizes = r.group.unique_consecutive(return_inverse=True, return_counts=True)
     if len(sizes) == len(r.group) or T == 1 or model.training:  # checkpointing drops the cache
         ids = torch.cat([r.prompt_ids, completion_ids], 1)  # [N, P + T]
         mask = torch.cat([r.prompt_mask, r.completion_mask], 1)
         position = positions(model, ids, mask, r.pictures)
-        inputs = {"attention_mask": mask.long(), "position_ids": position, "use_cache": False}
-        inputs |= pictures.model_inputs(r.pictures, ids.device)
-        return body(T + 1, input_ids=ids, **inputs)[:, :-1]
+        return read(T + 1, ids, mask, position, r.pictures)[:, :-1]
 
     prompts = r.select(sizes.cumsum(0) - sizes)  # the first row of each of the U groups
     position = positions(model, prompts.prompt_ids, prompts.prompt_mask, prompts.pictures)
     cache = DynamicCache(config=model.config)
-    inputs = {"attention_mask": prompts.prompt_mask.long(), "position_ids": position}
-    inputs |= pictures.model_inputs(prompts.pictures, position.device)
-    last = body(1, input_ids=prompts.prompt_ids, cache=cache, use_cache=True, **inputs)  # [U, 1, H]
+    last = read(1, prompts.prompt_ids, prompts.prompt_mask, position, prompts.pictures, cache)
     cache.reorder_cache(prompt_of)  # by index_select: indexing has a non-deterministic backward
-    mask = torch.cat([prompts.prompt_mask[prompt_of], r.completion_mask[:, :-1]], 1).long()
+    mask = torch.cat([prompts.prompt_mask[prompt_of], r.completion_mask[:, :-1]], 1)
     place = (r.completion_mask.long().cumsum(1) - 1)[:, :-1]  # padding stays in the context
-    position = next_position(position)[prompt_of] + place
-    inputs = {"attention_mask": mask, "position_ids": position}  # [N, P + T - 1], [N, T - 1]
-    rest = body(T - 1, input_ids=completion_ids[:, :-1], cache=cache, use_cache=True, **inputs)
+    position = next_position(position)[prompt_of] + place  # [N, T - 1]
+    rest = read(T - 1, completion_ids[:, :-1], mask, position, cache=cache)
     return torch.cat([last.index_select(0, prompt_of), rest], 1)
 
 
@@ -383,9 +384,8 @@ def load_model(
             raise ValueError("a token changes the logits before it: it is not causal")
     except Exception as error:  # hub, parsers, file formats, devices: many causes, one line
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{name} cannot be loaded as a language model on {device}: {reason:.300}"
-        ) from error
+        message = f"{name} cannot be loaded as a language model on {device}: {reason:.300}"
+        raise UserError(message) from error
     if system is not None:
         set_system(model, tokenizer, system)
     if grad_checkpointing:

@@ -95,9 +95,10 @@ def without_misfits(records: list, encode: Callable[[list], object]) -> list:
     if misfits and not kept:
         raise UserError(f"no record is left: {reasons[0]}")
     if misfits:
-        lines = ", ".join(where.rpartition(" ")[2] for where in misfits[:10])
-        lines += ", ..." if len(misfits) > 10 else ""
-        print(f"{len(misfits)} of {len(records)} records left out: lines {lines}; {reasons[0]}")
+        kind = misfits[0].split()[-2]  # "line" of a file, or "problem"
+        names = ", ".join(where.split()[-1] for where in misfits[:10])
+        names += ", ..." if len(misfits) > 10 else ""
+        print(f"{len(misfits)} of {len(records)} records left out: {kind}s {names}; {reasons[0]}")
     return kept
 
 
