@@ -361,7 +361,8 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name)
         # The policy that is scored must be the policy that was sampled: no dropout, ever.
-        for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
+        parts = [config, *(getattr(config, part) for part in config.sub_configs)]
+        for part in filter(None, parts):  # a part may be absent
             for key, value in part.to_dict().items():
                 if "drop" in key and isinstance(value, float):
                     setattr(part, key, 0.0)
@@ -444,10 +445,11 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor) -> dict[str, float]:
 
 def rollout_samples(prompts: list, rollout: Rollout, scores: dict, n: int) -> list[dict]:
     """The first n rows of a rollout, with their scores {name: [N] or [groups, G]}, to be logged."""
-    G, samples = len(rollout.texts) // len(prompts), []
+    G, rows = len(rollout.texts) // len(prompts), []
     for i in range(min(n, len(rollout.texts))):
         mask = rollout.completion_mask[i]
-        sample = {
+        row = {name: round(x.flatten()[i].item(), 6) for name, x in scores.items()}
+        row |= {
             "prompt": prompt_text(prompts[i // G]),
             "completion": rollout.texts[i],
             "truncated": rollout.truncated[i].item(),
@@ -455,5 +457,5 @@ def rollout_samples(prompts: list, rollout: Rollout, scores: dict, n: int) -> li
             "tokens": rollout.completion_ids[i, mask].tolist(),
             "logprobs": [round(x, 3) for x in rollout.logprobs[i, mask].tolist()],
         }
-        samples.append(sample | {name: x.flatten()[i].item() for name, x in scores.items()})
-    return samples
+        rows.append(row)
+    return rows

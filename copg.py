@@ -321,14 +321,16 @@ def encode(model, tokenizer, records: list[Record]) -> Rollout:
 def collect_records(model, tokenizer, task, args) -> list[Record]:
     """Both summaries of every preference of the posts; for another task, G completions of each
     prompt, sampled from the initial model. The task scores them."""
+    records, G, eos = [], args.completions, end_of_answer(tokenizer)
     if args.task == "posts":
         problems = range(PREFERENCES, PREFERENCES + args.pairs)
-        records = [Record(*task.unwrapped.preference(i)) for i in range(args.pairs)]
+        for i in range(args.pairs):
+            prompt, texts = task.unwrapped.preference(i)
+            records.append(Record(prompt, texts, where=f"preference {i}"))
         texts = [text for record in records for text in record.completions]
         for record, rewards in zip(records, get_rewards(task, problems, texts)[0], strict=True):
             record.rewards = rewards.tolist()
         return records
-    records, G, eos = [], args.completions, end_of_answer(tokenizer)
     first = first_problem(args.seed)
     for i in tqdm(range(first, first + args.pairs, 64), desc="sampling data"):
         problems = list(range(i, min(i + 64, first + args.pairs)))

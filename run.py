@@ -82,8 +82,10 @@ def parse_flags(parser: Parser, argv: list[str] | None, defaults: Callable) -> a
     if args.resume:
         try:
             config = json.loads((Path(args.resume) / "config.json").read_text(encoding="utf-8"))
-            if config.keys() != vars(args).keys() | {"script"} or config["script"] != parser.prog:
+            if config.get("script") != parser.prog:
                 raise ValueError(f"it was not begun by this {parser.prog}")
+            if flags := config.keys() ^ (vars(args).keys() | {"script"}):
+                raise ValueError(f"another version began it: {', '.join(sorted(flags))}")
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             message = f"--resume {args.resume}: no run to continue ({error!s:.150})"
             raise UserError(message) from error

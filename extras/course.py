@@ -188,8 +188,8 @@ def grade(name: str, folder: Path, students: list[str] | None, out: Path) -> dic
                 share, feedback = grade_question(name, key, scratch)
             test = {"name": title, "score": round(points * share, 2), "max_score": points}
             tests.append(test | {"output": feedback, "visibility": VISIBILITY})
-    results = {"score": round(sum(test["score"] for test in tests), 2), "tests": tests}
-    write(out, json.dumps(results, indent=2) + "\n")
+            results = {"score": round(sum(test["score"] for test in tests), 2), "tests": tests}
+            write(out, json.dumps(results, indent=2) + "\n")  # if it is stopped, this counts
     return results
 
 

@@ -267,13 +267,12 @@ def gpg_trainer(args: GPGArguments, config: GPGConfig) -> GPGTrainer:
     with config.main_process_first():  # it may have to download
         tasks = {split: make_task(args.task, split) for split in ("train", "test")}
         model, tokenizer = find_model(args, tasks["train"])
-    problems = list(range(get_size(tasks["train"]) or 0))
-    if not problems:  # endless; the first problems are those that the tiny model imitates
-        first = first_problem(config.seed)
-        problems = list(range(first, first + args.problems))
-    if len(problems) * config.num_generations < config.generation_batch_size:
-        n = len(problems)
-        raise UserError(f"--task {args.task}: {n} problems are fewer than the groups of a step")
+    size, first = get_size(tasks["train"]), 0
+    if size is None:  # endless; the first problems are those that the tiny model imitates
+        size, first = args.problems, first_problem(config.seed)
+    if size * config.num_generations < config.generation_batch_size:
+        raise UserError(f"--task {args.task}: {size} problems are fewer than the groups of a step")
+    problems = list(range(first, first + size))
     data = make_dataset(tasks["train"], "train", problems, tokenizer)
     eval_data = None
     if config.eval_strategy != "no":

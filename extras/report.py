@@ -124,7 +124,7 @@ def rescore(run: dict, task) -> None:
         image_id = getattr(model.config, "image_token_id", None)
         for group in run["groups"]:
             rows = [row for row in group["rows"] if "tokens" in row]
-            prompt = {"image": group.get("image"), "text": "", "where": group["prompt"]}
+            prompt = {"image": group.get("image"), "text": ""}
             if not rows or (image_id in rows[0]["prompt_tokens"] and not prompt["image"]):
                 continue
             images = read_pictures(tokenizer, [prompt if prompt["image"] else ""] * len(rows))

@@ -82,7 +82,7 @@ def picture_inputs(tokenizer, prompt: dict) -> dict[str, Tensor]:
             "Qwen2.5-VL and Qwen3-VL"
         )
     if isinstance(image, str):
-        image = read_image(image, f"{image:.200}")
+        image = read_image(image, "a prompt")
     try:
         return dict(processor(images=Image.fromarray(image), return_tensors="pt"))
     except ValueError as error:  # 1 x 300 pixels, for example

@@ -424,6 +424,8 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('a cap that hardly acts is overlooked', 'common.py', 'torch.equal(logits, model(**inputs).logits)', 'torch.allclose(logits, model(**inputs).logits)', 'sampling'),
     ('seconds add up', 'run.py', '                    self.start = time.perf_counter()\n', '', 'runs'),
     ('ranked pairs of one arm have no weight', 'bandit_toy.py', '(margin.sign() + 1) / 2', '(margin > 0).double()', 'bandit'),
+    ('a model without an audio tower is refused', 'common.py', 'for part in filter(None, parts):', 'for part in parts:', 'models'),
+    ('preferences of posts have no names', 'copg.py', 'Record(prompt, texts, where=f"preference {i}")', 'Record(prompt, texts)', 'copg'),
 ]  # fmt: skip
 
 

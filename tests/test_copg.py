@@ -337,7 +337,7 @@ def test_a_resumed_run_keeps_its_data_and_reference(stage, tmp_path):
     assert (run.dir / "data.jsonl").read_text() == kept
 
 
-def test_posts_are_compared_as_preferred(stage, monkeypatch):
+def test_posts_are_compared_as_preferred(stage, monkeypatch, capsys):
     """The preferred completion comes first; the rewards are the learned reward model's, or, with
     --reward-model task, the hidden utility."""
     monkeypatch.setattr(copg, "make_tasks", lambda name, eval_name: (Posts(), Posts("test")))
@@ -358,6 +358,19 @@ def test_posts_are_compared_as_preferred(stage, monkeypatch):
         utilities = [posts.reward(text, answer) for text in texts]
         assert records[i].rewards == pytest.approx(utilities, abs=1e-6)
     assert mean(r.rewards[0] > r.rewards[1] for r in records) > 0.5  # the preferred one
+
+    real = copg.encode
+
+    def encode(model, tokenizer, records):
+        if any(record.prompt == pairs[4][0] for record in records):
+            raise UserError("too long")
+        return real(model, tokenizer, records)
+
+    monkeypatch.setattr(copg, "encode", encode)
+    stage.out = f"{stage.out}-3"
+    stage.train(copg, *flags)
+    said = "1 of 9 records left out: preferences 4; preference 4: too long"
+    assert said in capsys.readouterr().out
 
 
 # ---- evaluation ----

@@ -18,6 +18,20 @@ from tasks.tiny import tiny_tokenizer
 # ---- loading ----
 
 
+def test_a_model_may_lack_a_part(tmp_path):
+    """Gemma 4 comes without its audio tower."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    text = {"vocab_size": 258, "vocab_size_per_layer_input": 258, "hidden_size_per_layer_input": 0}
+    text |= {"num_kv_shared_layers": 0, "layer_types": ["full_attention"], "eos_token_id": 256}
+    config = transformers.Gemma4Config(
+        text_config=sizes | heads | text, vision_config=sizes | heads, audio_config=None
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert common.load_model(tmp_path, "cpu")[0].config.audio_config is None
+
+
 def test_a_loaded_model_has_no_dropout_and_float32_weights(model_dirs, tmp_path):
     model, tokenizer = common.load_model(model_dirs["gpt2"], "cpu")
     assert not model.training

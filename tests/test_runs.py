@@ -586,7 +586,7 @@ def damages(run):
     for old, new, part in (
         ('"gpg.py"', '"grpo.py"', "it was not begun by this gpg.py"),
         ('"steps": 6', '"steps": "many"', "invalid int value: 'many'"),
-        ('"lr": 0.01,', "", "it was not begun by this gpg.py"),
+        ('"lr": 0.01,', "", "another version began it: lr"),
     ):
         config = (run / "config.json").read_text()
         assert old in config
