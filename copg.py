@@ -321,7 +321,7 @@ def encode(model, tokenizer, records: list[Record]) -> Rollout:
 def collect_records(model, tokenizer, task, args) -> list[Record]:
     """Both summaries of every preference of the posts; for another task, G completions of each
     prompt, sampled from the initial model. The task scores them."""
-    records, G, eos = [], args.completions, end_of_answer(tokenizer)
+    records = []
     if args.task == "posts":
         problems = range(PREFERENCES, PREFERENCES + args.pairs)
         for i in range(args.pairs):
@@ -331,7 +331,7 @@ def collect_records(model, tokenizer, task, args) -> list[Record]:
         for record, rewards in zip(records, get_rewards(task, problems, texts)[0], strict=True):
             record.rewards = rewards.tolist()
         return records
-    first = first_problem(args.seed)
+    G, eos, first = args.completions, end_of_answer(tokenizer), first_problem(args.seed)
     for i in tqdm(range(first, first + args.pairs, 64), desc="sampling data"):
         problems = list(range(i, min(i + 64, first + args.pairs)))
         prompts = get_prompts(task, problems)
@@ -370,7 +370,7 @@ def score_records(records: list[Record], ref_model, tokenizer, reward_model, arg
         prompts, texts = flat(part)
         rows = tokenizer(texts, add_special_tokens=False).input_ids
         for row, text in zip(rows, texts, strict=True):
-            if not set(stop_ids).isdisjoint(row):
+            if any(token in stop_ids for token in row):
                 raise UserError(f"{text!r:.60} goes on after a token that ends a completion")
         encode(ref_model, tokenizer, part)
         if reward_model:

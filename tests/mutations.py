@@ -99,7 +99,7 @@ MUTATIONS = [  # what is wrong, file, right text, wrong text, tests
     ('an EOS after a prompt', 'tasks/prompts.py', '[before + row for row in tokenizer(texts, add_special_tokens=False).input_ids]', 'tokenizer(texts, add_special_tokens=not tokenizer.chat_template).input_ids', 'inputs'),
     ('no BOS before a prompt', 'tasks/prompts.py', 'return special[: next(starts, 0)]', 'return []', 'prompts'),
     ('a second EOS after a completion', 'copg.py', 'record.completions[i], record.ends[i] = text.removesuffix(end), stops[end]', 'pass', 'inputs'),
-    ('an EOS inside a completion', 'copg.py', 'if not set(stop_ids).isdisjoint(row):', 'if False:', 'inputs'),
+    ('an EOS inside a completion', 'copg.py', 'if any(token in stop_ids for token in row):', 'if False:', 'inputs'),
     ('records judged by the longest of a batch', 'copg.py', 'longest.tolist())', 'ids.shape[1])', 'inputs'),
     ('padding beyond the context', 'common.py', 'place = (r.completion_mask.long().cumsum(1) - 1)[:, :-1]  #', 'place = torch.arange(T - 1, device=mask.device)  #', 'inputs'),
     ('one misfit refuses its batch', 'tasks/prompts.py', '                    encode([record])\n', '                    encode(part)\n', 'inputs'),
